@@ -1,0 +1,156 @@
+"""Every setting, as a trait with its help; and the only reader of the environment.
+
+Traits become one frozen `Settings`, which is passed in where it is needed and fetched nowhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jupyter_core.paths import jupyter_config_path
+from traitlets import Int, List, TraitError, TraitType, Unicode
+from traitlets.config import Config, Configurable
+from traitlets.config.loader import ConfigFileNotFound, JSONFileConfigLoader, PyFileConfigLoader
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMG]?)i?B?\s*$", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Bytes(TraitType[int, "int | str"]):
+    """A size in bytes: an integer, or a text such as "8MB" (1 MB is 1,048,576 bytes)."""
+
+    info_text = 'a size in bytes, such as 1048576 or "1MB"'
+
+    def validate(self, obj: Any, value: Any) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        match = _SIZE.match(value) if isinstance(value, str) else None
+        if match is None or not float(match[1]):
+            raise TraitError(f"{self.name} must be {self.info_text}, not {value!r}")
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+class ShimmyEngine(Configurable):
+    """How loaded models compute."""
+
+    context_size = Int(
+        0,
+        min=0,
+        help="Most tokens, prompt and answer together, of one request. "
+        "0: what the model was trained on, up to 8192.",
+    ).tag(config=True)
+    kv_tokens = Int(
+        0,
+        min=0,
+        help="Tokens of KV cache that all requests to a model share. A request reserves its prompt "
+        "and max_tokens before it starts, and waits while they are not free. 0: 16384, or as many "
+        "as take a quarter of the free memory when the model loads, but never less than one "
+        "context.",
+    ).tag(config=True)
+    default_max_tokens = Int(
+        1024, min=1, help="Tokens a request may generate that does not say max_tokens."
+    ).tag(config=True)
+    max_sequences = Int(
+        32, min=1, max=256, help="Requests that a model decodes together; further ones wait."
+    ).tag(config=True)
+    max_queue = Int(
+        256, min=1, help="Requests that may wait for a model; further ones get queue_full."
+    ).tag(config=True)
+    threads = Int(
+        0, min=0, help="Threads that decode. 0: as many processors as this process may use."
+    ).tag(config=True)
+    gpu_layers = Int(
+        -1, min=-1, help="Layers to offload, where the build can. -1: all of them."
+    ).tag(config=True)
+
+
+class ShimmyModels(Configurable):
+    """Where models are found."""
+
+    roots = List(
+        Unicode(),
+        help="Folders searched, at any depth, for *.gguf files; before those of the environment "
+        "variable SHIMMY_MODEL_PATHS.",
+    ).tag(config=True)
+
+
+class ShimmyLimits(Configurable):
+    """What a request may cost."""
+
+    max_request_size = Bytes(
+        8 << 20, help='Most bytes in the body of a request, such as "8MB".'
+    ).tag(config=True)
+
+
+CONFIGURABLES: tuple[type[Configurable], ...] = (ShimmyEngine, ShimmyModels, ShimmyLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the rooms need to know. Sizes are in tokens, or bytes where the name says so."""
+
+    context_size: int = 0
+    kv_tokens: int = 0
+    default_max_tokens: int = 1024
+    max_sequences: int = 32
+    max_queue: int = 256
+    threads: int = 0
+    gpu_layers: int = -1
+    roots: tuple[Path, ...] = ()
+    max_request_bytes: int = 8 << 20
+
+
+def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read the traits out of a Jupyter configuration. Raises TraitError naming the bad one."""
+    engine = ShimmyEngine(config=config)
+    models = ShimmyModels(config=config)
+    limits = ShimmyLimits(config=config)
+    paths = [*models.roots, *environment.get("SHIMMY_MODEL_PATHS", "").split(os.pathsep)]
+    return Settings(
+        context_size=engine.context_size,
+        kv_tokens=engine.kv_tokens,
+        default_max_tokens=engine.default_max_tokens,
+        max_sequences=engine.max_sequences,
+        max_queue=engine.max_queue,
+        threads=engine.threads,
+        gpu_layers=engine.gpu_layers,
+        roots=tuple(Path(path) for path in paths if path),
+        max_request_bytes=limits.max_request_size,
+    )
+
+
+def load_config() -> Config:
+    """The configuration files that a Jupyter server with this extension would read, merged in
+    the same order: by name first, and within a name the user's over the system's.
+    """
+    merged = Config()
+    for name in ("jupyter_config", "jupyter_server_config", "jupyter_shimmy_jupyter_config"):
+        for folder in reversed(jupyter_config_path()):
+            for loader, suffix in ((PyFileConfigLoader, "py"), (JSONFileConfigLoader, "json")):
+                with contextlib.suppress(ConfigFileNotFound):
+                    merged.merge(loader(f"{name}.{suffix}", path=folder).load_config())
+    return merged
+
+
+@dataclass(frozen=True, slots=True)
+class KernelEnvironment:
+    """How a kernel's environment says which server it belongs to. `token` is never shown."""
+
+    server_url: str | None
+    token: str | None
+    server_pid: int | None
+
+
+def kernel_environment(environment: Mapping[str, str] = os.environ) -> KernelEnvironment:
+    pid = environment.get("JPY_PARENT_PID", "")
+    return KernelEnvironment(
+        server_url=environment.get("SHIMMY_SERVER_URL"),
+        token=environment.get("SHIMMY_KERNEL_TOKEN"),
+        server_pid=int(pid) if pid.isdigit() else None,
+    )

@@ -1,0 +1,1 @@
+"""Pure decisions: no asyncio, threads, tornado, llama_cpp, files or clock."""

@@ -1,0 +1,79 @@
+"""A sequence: one prompt, the tokens decoded for it, and the state that says what it waits for.
+
+    QUEUED ──admit──▶ PREFILL ──last prompt token decoded──▶ DECODE ◀──reader──▶ PAUSED
+      │                  │                                      │                   │
+      └──────────────────┴───────────── end ◀───────────────────┴───────────────────┘
+                                         │  (cancelled while its rows are being decoded:
+                                         ▼   CANCELLING until that step returns)
+                                       DONE
+
+| state | waits for | held by |
+|---|---|---|
+| QUEUED | a slot and KV room | `Scheduler.queue` |
+| PREFILL | the rest of its prompt to be decoded | `Scheduler.running` |
+| DECODE | its next token | `Scheduler.running` |
+| PAUSED | its reader to catch up | `Scheduler.running` |
+| CANCELLING | the step in progress to return | `Scheduler.running` |
+| DONE | nothing | nobody |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from ..types import Sampling, Timings, Usage
+from .text import TextAssembler
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    PAUSED = "paused"
+    CANCELLING = "cancelling"
+    DONE = "done"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable, and mutated by `Scheduler` alone. Positions and lengths are in tokens."""
+
+    id: int
+    principal: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    text: TextAssembler
+    submitted_at: float
+    state: State = State.QUEUED
+    slot: int = -1
+    cached: int = 0
+    """Prompt tokens whose KV is in the cache, or will be when the step in progress returns."""
+    generated: int = 0
+    last_token: int = -1
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    in_step: bool = False
+    reader_full: bool = field(default=False)
+
+    @property
+    def reserved(self) -> int:
+        """KV cells set aside at admission, so that a running sequence never runs out."""
+        return len(self.prompt) + self.max_tokens
+
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt), self.generated)
+
+    def timings(self, now: float) -> Timings:
+        queued_until = self.admitted_at if self.admitted_at is not None else now
+        first, last = self.first_token_at, self.last_token_at
+        rate = None
+        if first is not None and last is not None and last > first:
+            rate = (self.generated - 1) / (last - first)
+        return Timings(
+            queue_ms=(queued_until - self.submitted_at) * 1e3,
+            ttft_ms=None if first is None else (first - self.submitted_at) * 1e3,
+            tokens_per_second=rate,
+        )

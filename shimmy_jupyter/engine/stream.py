@@ -1,0 +1,135 @@
+"""A bounded stream of text from the engine's thread to one reader on an event loop.
+
+The engine never blocks on a reader. Once `capacity` pieces are on their way or unread, the
+sequence is paused, and goes on when they have been read; pieces are counted on the engine's side,
+so a blocked event loop cannot let them pile up. The stream owns release: closing it, however
+often, cancels the sequence unless it has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from ..errors import from_failure
+from ..types import Ended, FinishReason
+
+
+class Upstream(Protocol):
+    """The engine, as a stream sees it. Both may be called from any thread."""
+
+    def cancel(self, id: int) -> None: ...
+
+    def reader_ready(self, id: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatistics:
+    unread: int
+    capacity: int
+    pauses: int
+    ended: bool
+    closed: bool
+
+
+class TokenStream:
+    """Read by one task: `async for text in stream`, then `ended` says how it ended."""
+
+    def __init__(self, id: int, capacity: int, upstream: Upstream) -> None:
+        self.id = id
+        self.capacity = capacity
+        self.loop = asyncio.get_running_loop()
+        self.ended: Ended | None = None
+        self._upstream = upstream
+        self._unread: deque[str] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        self._outstanding = 0
+        self._paused = False
+        self._pauses = 0
+
+    def count_sent(self) -> bool:
+        """Count a piece, on the engine's thread. True if the sequence must pause now."""
+        with self._lock:
+            self._outstanding += 1
+            if self._paused or self._outstanding < self.capacity:
+                return False
+            self._paused = True
+            self._pauses += 1
+            return True
+
+    def deliver(self, item: str | Ended) -> None:
+        """Take what the engine sent, on the loop."""
+        if isinstance(item, Ended):
+            self.ended = item
+        elif not self._closed:
+            self._unread.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def read(self) -> list[str]:
+        """All text that has arrived, waiting for some; empty once the sequence has ended.
+
+        Raises the `ShimmyError` that ended the sequence, after its text has been read.
+        """
+        while not self._unread and self.ended is None and not self._closed:
+            self._waiter = self.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        texts = list(self._unread)
+        self._unread.clear()
+        if self._count_read(len(texts)) and self.ended is None and not self._closed:
+            self._upstream.reader_ready(self.id)
+        if not texts and self.ended is not None and self.ended.failure is not None:
+            raise from_failure(self.ended.failure)
+        return texts
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while texts := await self.read():
+            for text in texts:
+                yield text
+
+    def close(self) -> None:
+        """Stop wanting more. The engine's work for it ends within the step in progress."""
+        if self._closed:
+            return
+        self._closed = True
+        self._unread.clear()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if self.ended is None:
+            self._upstream.cancel(self.id)
+
+    @property
+    def cancelled(self) -> bool:
+        return self.ended is not None and self.ended.reason is FinishReason.CANCELLED
+
+    def statistics(self) -> StreamStatistics:
+        return StreamStatistics(
+            len(self._unread), self.capacity, self._pauses, self.ended is not None, self._closed
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _count_read(self, pieces: int) -> bool:
+        with self._lock:
+            self._outstanding -= pieces
+            paused, self._paused = self._paused, False
+            return paused

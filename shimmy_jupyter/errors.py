@@ -1,0 +1,166 @@
+"""One tree of errors. Each knows its stable code, its HTTP status and an OpenAI error type.
+
+ShimmyError
+├── RequestError                       400  what was asked is wrong; nothing was computed
+│   ├── InvalidValue                        invalid_value
+│   ├── UnsupportedParameter                unsupported_parameter
+│   ├── ContextLengthExceeded               context_length_exceeded
+│   └── RequestTooLarge                413  request_too_large
+├── ModelNotFound                      404  model_not_found
+├── NotFound                           404  not_found
+├── MethodNotAllowed                   405  method_not_allowed
+├── AccessDenied                       403  policy_denied
+├── QueueFull                          503  queue_full
+├── ModelLoadFailed                    503  model_load_failed
+├── GenerationFailed                   500  generation_failed: this sequence alone
+├── EngineCrashed                      503  engine_crashed: every sequence of that engine
+├── ShuttingDown                       503  shutting_down
+├── InternalError                      500  internal_error: a defect of ours, details in the log
+├── ServerUnreachable                  502  server_unreachable: only raised in a kernel
+└── Cancelled                          499  cancelled
+
+Messages are safe to show: no traceback, no path of the server's file system.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from .types import Failure
+
+
+class ShimmyError(Exception):
+    """Base of everything this package raises on purpose."""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, request_id: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.request_id = request_id
+
+    def to_json(self, request_id: str | None = None) -> dict[str, Any]:
+        """The one error shape that every route answers with."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "code": self.code,
+                "param": self.param,
+                "request_id": request_id or self.request_id,
+            }
+        }
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython shows this instead of a traceback through our own frames."""
+        where = f" (field {self.param!r})" if self.param else ""
+        return [f"{type(self).__name__}: {self.message}{where} [{self.code}]"]
+
+
+class RequestError(ShimmyError):
+    code = "invalid_value"
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidValue(RequestError):
+    pass
+
+
+class UnsupportedParameter(RequestError):
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(RequestError):
+    code = "context_length_exceeded"
+
+
+class RequestTooLarge(RequestError):
+    code = "request_too_large"
+    status = 413
+
+
+class ModelNotFound(ShimmyError):
+    code = "model_not_found"
+    status = 404
+    type = "invalid_request_error"
+
+
+class NotFound(ShimmyError):
+    code = "not_found"
+    status = 404
+    type = "invalid_request_error"
+
+
+class MethodNotAllowed(ShimmyError):
+    code = "method_not_allowed"
+    status = 405
+    type = "invalid_request_error"
+
+
+class AccessDenied(ShimmyError):
+    code = "policy_denied"
+    status = 403
+    type = "permission_error"
+
+
+class QueueFull(ShimmyError):
+    code = "queue_full"
+    status = 503
+
+
+class ModelLoadFailed(ShimmyError):
+    code = "model_load_failed"
+    status = 503
+
+
+class GenerationFailed(ShimmyError):
+    code = "generation_failed"
+
+
+class EngineCrashed(ShimmyError):
+    code = "engine_crashed"
+    status = 503
+
+
+class ShuttingDown(ShimmyError):
+    code = "shutting_down"
+    status = 503
+
+
+class InternalError(ShimmyError):
+    pass
+
+
+class ServerUnreachable(ShimmyError):
+    code = "server_unreachable"
+    status = 502
+
+
+class Cancelled(ShimmyError):
+    code = "cancelled"
+    status = 499
+
+
+def _tree(cls: type[ShimmyError]) -> list[type[ShimmyError]]:
+    return [cls, *(leaf for child in cls.__subclasses__() for leaf in _tree(child))]
+
+
+def all_errors() -> list[type[ShimmyError]]:
+    """Every class of the tree, the root first."""
+    return _tree(ShimmyError)
+
+
+def from_code(code: str, message: str, **details: Any) -> ShimmyError:
+    """The exception for a stable code, as read from a `Failure` or from the wire."""
+    cls = next((c for c in reversed(all_errors()) if c.code == code), InternalError)
+    return cls(message, **details)
+
+
+def from_failure(failure: Failure) -> ShimmyError:
+    return from_code(failure.code, failure.message)

@@ -1,0 +1,1 @@
+"""What models there are and which are in memory. Needs only `types` and `errors`."""

@@ -1,0 +1,1 @@
+"""What a kernel shows. Reaches the engine only through a `Transport`: HTTP, or one it is handed."""

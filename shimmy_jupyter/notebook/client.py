@@ -1,0 +1,156 @@
+"""How a kernel reaches the service: by HTTP to its own server, found and never guessed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+
+from ..errors import InternalError, ServerUnreachable, ShimmyError, from_code
+
+
+class Transport(Protocol):
+    """Where requests go. Bodies and answers are the HTTP API's, whoever carries them."""
+
+    def get(self, path: str) -> dict[str, Any]: ...
+
+    def stream(self, path: str, body: dict[str, Any]) -> AbstractContextManager[Iterable[bytes]]:
+        """The answer's server-sent events as they arrive. Leaving the block cancels the request."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A Jupyter server and the token for it. The token is left out of the representation."""
+
+    url: str
+    token: str = field(repr=False)
+    socket: str | None = None
+
+
+def find_server(
+    server_url: str | None, kernel_token: str | None, server_pid: int | None, runtime_dir: Path
+) -> Server | None:
+    """The server that this kernel belongs to: the one that is named, else the one that started
+    the kernel; None if there is neither. Any other server is somebody else's.
+
+    Raises `ServerUnreachable` if the server's own record cannot be read.
+    """
+    if server_url:
+        return Server(server_url.rstrip("/") + "/", kernel_token or "")
+    if server_pid is None:
+        return None
+    record = runtime_dir / f"jpserver-{server_pid}.json"
+    try:
+        info = json.loads(record.read_text())
+    except FileNotFoundError:
+        return None  # whatever started the kernel is no Jupyter server: nbclient, an editor
+    except (OSError, ValueError) as error:
+        raise ServerUnreachable(f"the server's record {record.name} is unreadable") from error
+    url = str(info["url"])
+    if info.get("hostname") in ("0.0.0.0", "::", "*", ""):  # noqa: S104  it listens everywhere
+        scheme = "https" if info.get("secure") else "http"
+        url = f"{scheme}://127.0.0.1:{info['port']}{info['base_url']}"
+    return Server(url, str(info.get("token") or kernel_token or ""), info.get("sock") or None)
+
+
+class HttpTransport:
+    """Talks to one server. Ignores proxy settings: the token is for that server only."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        uds = {"transport": httpx.HTTPTransport(uds=server.socket)} if server.socket else {}
+        self._client = httpx.Client(
+            base_url="http://localhost/" if server.socket else server.url,
+            headers={"Authorization": f"token {server.token}"} if server.token else {},
+            timeout=httpx.Timeout(10.0, read=None),
+            trust_env=False,
+            **uds,  # type: ignore[arg-type]
+        )
+
+    def get(self, path: str) -> dict[str, Any]:
+        with self._errors():
+            response = self._client.get(path, timeout=30.0)
+            self._check(response)
+            return dict(response.json())
+
+    @contextlib.contextmanager
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[Iterable[bytes]]:
+        with self._errors(), self._client.stream("POST", path, json=body) as response:
+            if response.status_code != httpx.codes.OK:
+                response.read()
+            self._check(response)
+            yield response.iter_raw()
+
+    def _check(self, response: httpx.Response) -> None:
+        if response.status_code == httpx.codes.OK:
+            return
+        try:
+            raise _error(response.json())
+        except (ValueError, KeyError, TypeError):
+            reason = "is shimmy-jupyter installed where the server runs?"
+            raise ServerUnreachable(
+                f"the Jupyter server answered {response.status_code}: {reason}"
+            ) from None
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.TransportError as error:
+            raise ServerUnreachable(
+                f"this kernel's Jupyter server did not answer ({type(error).__name__})"
+            ) from error
+
+
+def _error(body: dict[str, Any]) -> ShimmyError:
+    error = body["error"]
+    return from_code(
+        error["code"], error["message"], param=error["param"], request_id=error["request_id"]
+    )
+
+
+def events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events, up to `[DONE]`.
+
+    Raises the error that the stream carries; a stream that just ends was cut off.
+    """
+    pending = b""
+    for chunk in chunks:
+        pending += chunk
+        *whole, pending = pending.split(b"\n\n")
+        for block in whole:
+            data = block.removeprefix(b"data: ")
+            if data == b"[DONE]":
+                return
+            item = json.loads(data)
+            if "error" in item:
+                raise _error(item)
+            yield item
+    raise InternalError("the answer was cut off")
+
+
+class Connection:
+    """Finds the transport once, when it is first needed; says so when it is not a server."""
+
+    def __init__(
+        self, find: Callable[[], Server | None], local: Callable[[], Transport]
+    ) -> None:
+        self._find, self._local = find, local
+        self._transport: Transport | None = None
+
+    def transport(self) -> Transport:
+        if self._transport is None:
+            server = self._find()
+            if server is not None:
+                self._transport = HttpTransport(server)
+            else:
+                print("shimmy: no Jupyter server started this kernel; the model runs inside it.")
+                self._transport = self._local()
+        return self._transport

@@ -1,0 +1,28 @@
+"""Puts the magics into an IPython shell and takes them out again, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from IPython.core.interactiveshell import InteractiveShell
+
+from .client import Connection, Server, Transport
+from .magics import ShimmyMagics
+
+
+def load(
+    shell: InteractiveShell,
+    find: Callable[[], Server | None],
+    local: Callable[[], Transport],
+) -> None:
+    """Register one instance of the magics. Loading again replaces the one before."""
+    unload(shell)
+    shell.register_magics(ShimmyMagics(shell, Connection(find, local)))
+
+
+def unload(shell: InteractiveShell) -> None:
+    """Remove the magics and what `%config` knows of them."""
+    for table in shell.magics_manager.magics.values():
+        table.pop("shimmy", None)
+    shell.magics_manager.registry.pop(ShimmyMagics.__name__, None)
+    shell.configurables[:] = [c for c in shell.configurables if not isinstance(c, ShimmyMagics)]

@@ -1,0 +1,203 @@
+"""`%%shimmy` and `%shimmy`: ask the model, see the answer as it is made."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.magic import Magics, line_cell_magic, magics_class
+from IPython.display import display, update_display
+from traitlets import Float, Int, Unicode
+
+from ..errors import InvalidValue, ShimmyError
+from .client import Connection, events
+from .display import Answer, Pace, clean
+
+_OPTION = re.compile(r"""--([a-z][a-z-]*)(?:\s*=\s*|\s+)("[^"]*"|'[^']*'|\S+)\s*""")
+_T = TypeVar("_T", int, float)
+
+
+def _number(kind: Callable[[str], _T]) -> Callable[[str, str], _T]:
+    def read(name: str, value: str) -> _T:
+        try:
+            return kind(value)
+        except ValueError:
+            raise InvalidValue(f"{value!r} is not a number", param=f"--{name}") from None
+
+    return read
+
+
+def _word(_name: str, value: str) -> str:
+    return value
+
+
+_OPTIONS: dict[str, Callable[[str, str], Any]] = {
+    "model": _word,
+    "system": _word,
+    "temperature": _number(float),
+    "max-tokens": _number(int),
+    "seed": _number(int),
+}
+
+
+def parse_options(line: str) -> tuple[dict[str, Any], str]:
+    """Options at the line's beginning, and the rest of it as it stands. `--` ends the options.
+
+    Raises `InvalidValue` for an option that is not known or lacks its value.
+    """
+    options: dict[str, Any] = {}
+    rest = line.strip()
+    while rest.startswith("--"):
+        if rest == "--" or rest[2].isspace():
+            return options, rest[2:].strip()
+        match = _OPTION.match(rest)
+        name = match[1] if match else rest[2:].split("=")[0].split()[0]
+        if name not in _OPTIONS:
+            known = ", ".join(f"--{option}" for option in _OPTIONS)
+            raise InvalidValue(f"there is no such option; there are {known}", param=f"--{name}")
+        if match is None:
+            raise InvalidValue("this option needs a value", param=f"--{name}")
+        value = match[2]
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+        options[name] = _OPTIONS[name](name, value[1:-1] if quoted else value)
+        rest = rest[match.end() :]
+    return options, rest
+
+
+@magics_class
+class ShimmyMagics(Magics):
+    """Settings for one notebook: `%config ShimmyMagics.temperature = 0`."""
+
+    model = Unicode("", help="The model to ask. Empty: the first that the server lists.").tag(
+        config=True
+    )
+    system = Unicode("", help="A system message in front of every prompt.").tag(config=True)
+    temperature = Float(
+        None, allow_none=True, help="0 is greedy. None: the server's default."
+    ).tag(config=True)
+    max_tokens = Int(
+        None, allow_none=True, help="Most tokens to generate. None: the server's default."
+    ).tag(config=True)
+
+    def __init__(self, shell: InteractiveShell, connection: Connection) -> None:
+        super().__init__(shell)
+        self.connection = connection
+
+    @line_cell_magic
+    def shimmy(self, line: str, cell: str | None = None) -> None:
+        """Ask a local language model.
+
+        %shimmy [OPTIONS] PROMPT
+        %%shimmy [OPTIONS] [MODEL]
+        PROMPT, as many lines as you like
+
+        Options come first: --model NAME, --system TEXT, --temperature X (0 is greedy),
+        --max-tokens N, --seed N. `%shimmy -- PROMPT` for a prompt that begins with "--".
+        Interrupting the kernel stops the model too.
+        """
+        options, rest = parse_options(line)
+        if cell is None:
+            prompt = rest
+        else:
+            prompt = cell.strip()
+            if rest:
+                options.setdefault("model", rest)
+                if " " in rest or options["model"] != rest:
+                    raise InvalidValue(
+                        f"the first line takes options and one model, not {rest!r}", param="model"
+                    )
+        if not prompt:
+            raise InvalidValue("there is no prompt: `%shimmy PROMPT`, or write it below `%%shimmy`")
+        self._ask(prompt, options)
+
+    def _ask(self, prompt: str, options: dict[str, Any]) -> None:
+        body = self._body(prompt, options)
+        view = _View(rich=hasattr(self.shell, "kernel"))
+        transport = self.connection.transport()
+        try:
+            with transport.stream("shimmy/v1/chat/completions", body) as chunks:
+                view.follow(events(chunks))
+        except KeyboardInterrupt:
+            view.end("stopped")
+            raise KeyboardInterrupt from None
+        except ShimmyError:
+            view.end("failed")
+            raise
+
+    def _body(self, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+        system = options.get("system", self.system)
+        messages = [{"role": "system", "content": system}] if system else []
+        body = {
+            "model": options.get("model", self.model) or self._first_model(),
+            "messages": [*messages, {"role": "user", "content": prompt}],
+            "temperature": options.get("temperature", self.temperature),
+            "max_tokens": options.get("max-tokens", self.max_tokens),
+            "seed": options.get("seed"),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _first_model(self) -> str:
+        return str(self.connection.transport().get("shimmy/v1/models")["data"][0]["id"])
+
+
+class _View:
+    """One answer on the screen: an output that is updated, or plain text in a terminal."""
+
+    def __init__(self, *, rich: bool) -> None:
+        self._rich = rich
+        self._text = ""
+        self._id: str | None = None
+        self._pace = Pace()
+
+    def follow(self, items: Iterable[dict[str, Any]]) -> None:
+        for text in self._texts(items):
+            self._text += text
+            if not self._rich:
+                print(clean(text), end="", flush=True)
+            elif self._pace.due(time.monotonic()):
+                self._show(Answer(self._text))
+
+    def end(self, note: str) -> None:
+        if self._rich:
+            if self._text or note != "failed":
+                self._show(Answer(self._text, note))
+        elif self._text:
+            print(f"\n[{note}]")
+
+    def _texts(self, items: Iterable[dict[str, Any]]) -> Iterator[str]:
+        reason, last = None, {}
+        for item in items:
+            for choice in item["choices"]:
+                reason = choice["finish_reason"] or reason
+                if text := choice["delta"].get("content"):
+                    yield text
+            last = item
+        self.end(_figures(last, reason))
+
+    def _show(self, answer: Answer) -> None:
+        bundle = answer.bundle()
+        if self._id is None:
+            self._id = f"shimmy-{time.time_ns():x}"
+            display(bundle, raw=True, display_id=self._id)
+        else:
+            update_display(bundle, raw=True, display_id=self._id)
+        self._pace.shown(time.monotonic(), sum(map(len, bundle.values())))
+        sys.stdout.flush()
+
+
+def _figures(last: dict[str, Any], reason: str | None) -> str:
+    used, timings = last["usage"], last["shimmy"]
+    parts = [str(last["model"]), f"{used['completion_tokens']} tokens"]
+    if timings["tokens_per_second"]:
+        parts.append(f"{timings['tokens_per_second']:.0f} tokens/s")
+    if timings["ttft_ms"] is not None:
+        parts.append(f"first token after {timings['ttft_ms']:.0f} ms")
+    if reason == "length":
+        parts.append("cut off at max_tokens")
+    return " · ".join(parts)

@@ -1,0 +1,1 @@
+"""The Jupyter server's side: authenticated handlers over the service."""

@@ -1,0 +1,61 @@
+"""The server extension: builds the graph, registers the routes, and closes everything again."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import Any
+
+from jupyter_server.extension.application import ExtensionApp
+from traitlets import TraitError
+
+from ..compose import build_service
+from ..config import CONFIGURABLES, settings
+from ..service import CompletionService
+from .handlers import ROUTES
+
+
+class ShimmyApp(ExtensionApp):
+    """A local language model behind Jupyter's own authentication."""
+
+    name = "shimmy_jupyter"
+    extension_url = "/shimmy/health"
+    load_other_extensions = True
+    classes = list(CONFIGURABLES)
+
+    service: CompletionService
+
+    def initialize_settings(self) -> None:
+        try:
+            chosen = settings(self.config)
+        except TraitError as error:
+            self.log.error("shimmy_jupyter is not started: %s", error)
+            raise
+        self.service = build_service(chosen)
+        self.settings["shimmy_service"] = self.service
+        self.settings["shimmy_max_request_bytes"] = chosen.max_request_bytes
+
+    def initialize_handlers(self) -> None:
+        self.handlers.extend(ROUTES)
+
+    async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
+        self._hand_kernels_a_secret()
+
+    def _hand_kernels_a_secret(self) -> None:
+        """Where only a password guards the server, its kernels inherit a secret of our own."""
+        identity = self.serverapp.identity_provider
+        # A server started from inside another's kernel or terminal must not pass on the other's.
+        os.environ.pop("SHIMMY_KERNEL_TOKEN", None)
+        if identity.auth_enabled and not identity.token and hasattr(identity, "hashed_password"):
+            secret = secrets.token_urlsafe(32)
+            self.settings["shimmy_kernel_secret"] = secret
+            os.environ["SHIMMY_KERNEL_TOKEN"] = secret
+
+    def current_activity(self) -> int:
+        """Requests in progress: an idle shutdown must not end them."""
+        return sum(model.active for model in self.service.pool.loaded().values())
+
+    async def stop_extension(self) -> None:
+        if self.settings.pop("shimmy_kernel_secret", None):
+            os.environ.pop("SHIMMY_KERNEL_TOKEN", None)
+        await self.service.close()

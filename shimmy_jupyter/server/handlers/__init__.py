@@ -1,0 +1,19 @@
+"""Every route: parse, call, write. Each concrete method carries its own decorators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import UnknownRouteHandler
+from .completions import ChatCompletionsHandler, CompletionsHandler
+from .health import HealthHandler
+from .models import ModelHandler, ModelsHandler
+
+ROUTES: list[tuple[str, type[Any]]] = [
+    (r"shimmy/v1/chat/completions", ChatCompletionsHandler),
+    (r"shimmy/v1/completions", CompletionsHandler),
+    (r"shimmy/v1/models", ModelsHandler),
+    (r"shimmy/v1/models/([^/]+)", ModelHandler),
+    (r"shimmy/health", HealthHandler),
+    (r"shimmy(?:/.*)?", UnknownRouteHandler),
+]

@@ -1,0 +1,112 @@
+"""What every handler shares: the error shape, the principal, the request id, the kernel's secret."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import uuid
+from typing import Any
+
+from jupyter_server.auth import User, authorized
+from jupyter_server.base.handlers import APIHandler
+from jupyter_server.extension.handler import ExtensionHandlerMixin
+from tornado import web
+
+from ...errors import (
+    AccessDenied,
+    InternalError,
+    InvalidValue,
+    MethodNotAllowed,
+    NotFound,
+    RequestTooLarge,
+    ShimmyError,
+)
+from ...service import CompletionService
+from ...types import Principal
+
+_BY_STATUS: dict[int, tuple[type[ShimmyError], str]] = {
+    400: (InvalidValue, "the request could not be read"),
+    403: (AccessDenied, "not allowed: sign in to this Jupyter server, or send its token"),
+    404: (NotFound, "there is nothing here"),
+    405: (MethodNotAllowed, "this route does not have that method"),
+    413: (RequestTooLarge, "the body of the request is too large"),
+}
+
+
+class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
+    """Errors are raised as `ShimmyError` and written in the one JSON shape."""
+
+    @property
+    def service(self) -> CompletionService:
+        service = self.settings["shimmy_service"]
+        assert isinstance(service, CompletionService)
+        return service
+
+    @property
+    def principal(self) -> Principal:
+        """Who Jupyter says this is. Stock token authentication invents a name for every request,
+        so without a hub's user everybody is the one who owns the server.
+        """
+        hub_user = getattr(self.current_user, "hub_user", None)
+        if not isinstance(hub_user, dict):
+            return Principal("local")
+        groups = tuple(str(group) for group in hub_user.get("groups") or ())
+        return Principal(str(hub_user["name"]), groups, bool(hub_user.get("admin")), "hub")
+
+    async def prepare(self) -> None:
+        self.request_id = uuid.uuid4().hex
+        self.set_header("x-shimmy-request-id", self.request_id)
+        self._accept_kernel_secret()
+        await super().prepare()
+        # The decorators say so too; this also covers methods that no handler has.
+        if not self.current_user and self.request.method != "OPTIONS":
+            raise web.HTTPError(403)
+
+    def _accept_kernel_secret(self) -> None:
+        """A server with only a password has no token that its kernels could know; it has given
+        them a secret of its own. Good from this machine only.
+        """
+        secret = self.settings.get("shimmy_kernel_secret")
+        if not secret or not _is_loopback(self.request.remote_ip):
+            return
+        given = self.identity_provider.get_token(self) or ""
+        if hmac.compare_digest(given.encode(), secret.encode()):
+            self.current_user = self._jupyter_current_user = User(username="kernel")
+            self._token_authenticated = True
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
+        if not isinstance(error, ShimmyError):
+            kind, message = _BY_STATUS.get(
+                status_code, (InternalError, "something went wrong; the server's log says what")
+            )
+            error = kind(message)
+        self.set_status(error.status)
+        self.finish(json.dumps(error.to_json(self.request_id)))
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        # What a client did wrong is answered, not logged with a traceback.
+        if not isinstance(value, ShimmyError):
+            super().log_exception(typ, value, tb)
+
+
+def _is_loopback(address: str | None) -> bool:
+    try:
+        return ipaddress.ip_address(address or "").is_loopback
+    except ValueError:
+        return False
+
+
+class UnknownRouteHandler(ShimmyHandler):
+    """Whatever else is below `shimmy/`: a 404 in our own shape, for those who may know."""
+
+    @web.authenticated
+    @authorized(action="read", resource="shimmy_jupyter:models")
+    async def get(self) -> None:
+        raise NotFound("there is no such route")
+
+    @web.authenticated
+    @authorized(action="read", resource="shimmy_jupyter:models")
+    async def post(self) -> None:
+        raise NotFound("there is no such route")

@@ -1,0 +1,109 @@
+"""`POST shimmy/v1/chat/completions` and `POST shimmy/v1/completions`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jupyter_server.auth import authorized
+from tornado import web
+from tornado.iostream import StreamClosedError
+
+from ...errors import Cancelled, RequestTooLarge
+from ...service import Completion
+from .base import ShimmyHandler
+
+
+class _GeneratingHandler(ShimmyHandler):
+    """Collects the body up to the route's own limit and streams or writes one completion."""
+
+    _completion: Completion | None = None
+    _gone = False
+
+    async def prepare(self) -> None:
+        self._limit: int = self.settings["shimmy_max_request_bytes"]
+        self._body = bytearray()
+        self.request.connection.set_max_body_size(self._limit)
+        await super().prepare()
+        length = self.request.headers.get("Content-Length", "0")
+        if length.isdigit() and int(length) > self._limit:
+            raise RequestTooLarge(
+                f"the body has {length} bytes; ShimmyLimits.max_request_size allows {self._limit}"
+            )
+
+    def data_received(self, chunk: bytes) -> None:
+        self._body += chunk
+
+    def on_connection_close(self) -> None:
+        self._gone = True
+        if self._completion is not None:
+            self._completion.close()
+
+    async def _complete(self, api: _Api) -> None:
+        parsed = api.parse(bytes(self._body), self.request_id, self.principal)
+        if parsed.ignored:
+            self.set_header("x-shimmy-ignored", ", ".join(map(_header_safe, parsed.ignored)))
+        created = int(time.time())
+        async with await self.service.start(parsed.request) as completion:
+            self._completion = completion
+            if self._gone:
+                return
+            try:
+                if parsed.stream:
+                    await self._stream(api.writer(parsed, created), completion)
+                else:
+                    await self.finish(await api.body(parsed, completion, created))
+            except (StreamClosedError, Cancelled):
+                # The client went away; leaving the block frees its sequence.
+                self.log.debug("request %s: the client disconnected", self.request_id)
+
+    async def _stream(self, writer: Any, completion: Completion) -> None:
+        self.set_header("Content-Type", "text/event-stream")
+        self.set_header("Cache-Control", "no-cache")
+        self.set_header("X-Accel-Buffering", "no")
+        async for data in writer.events(completion):
+            self.write(data)
+            await self.flush()
+        await self.finish(set_content_type="text/event-stream")
+
+
+class _Api:
+    """The parsing and answering of one endpoint."""
+
+    def __init__(self, chat: bool) -> None:
+        requests: Any = importlib.import_module("shimmy_jupyter.server.requests")
+        answers: Any = importlib.import_module("shimmy_jupyter.server.answers")
+        shape = answers.CHAT if chat else answers.COMPLETION
+        self.parse: Callable[..., Any] = (
+            requests.parse_chat if chat else requests.parse_completion
+        )
+        self.writer: Callable[..., Any] = lambda *args: answers.EventWriter(shape, *args)
+        self.body: Callable[..., Any] = lambda *args: answers.body(shape, *args)
+
+    @classmethod
+    async def load(cls, *, chat: bool) -> _Api:
+        """Pydantic takes a fifth of a second to import: on first use, and not on the event loop."""
+        return await asyncio.to_thread(cls, chat)
+
+
+def _header_safe(name: str) -> str:
+    return "".join(c if c.isascii() and c.isprintable() and c != "," else "?" for c in name)[:64]
+
+
+@web.stream_request_body
+class ChatCompletionsHandler(_GeneratingHandler):
+    @web.authenticated
+    @authorized(action="execute", resource="shimmy_jupyter:generate")
+    async def post(self) -> None:
+        await self._complete(await _Api.load(chat=True))
+
+
+@web.stream_request_body
+class CompletionsHandler(_GeneratingHandler):
+    @web.authenticated
+    @authorized(action="execute", resource="shimmy_jupyter:generate")
+    async def post(self) -> None:
+        await self._complete(await _Api.load(chat=False))

@@ -1,0 +1,23 @@
+"""`GET shimmy/v1/models` and `GET shimmy/v1/models/{id}`."""
+
+from __future__ import annotations
+
+from jupyter_server.auth import authorized
+from tornado import web
+
+from .. import answers
+from .base import ShimmyHandler
+
+
+class ModelsHandler(ShimmyHandler):
+    @web.authenticated
+    @authorized(action="read", resource="shimmy_jupyter:models")
+    async def get(self) -> None:
+        await self.finish(answers.models(await self.service.models()))
+
+
+class ModelHandler(ShimmyHandler):
+    @web.authenticated
+    @authorized(action="read", resource="shimmy_jupyter:models")
+    async def get(self, id: str) -> None:
+        await self.finish(answers.model(await self.service.model(id)))

@@ -1,0 +1,263 @@
+"""From an OpenAI request body to a `CompletionRequest`, every field honoured, refused or named.
+
+A field has one of four fates: it is honoured; or it is OpenAI's but has no effect here, and then
+only its neutral value is accepted; or it only labels a request and is named as ignored; or no API
+defines it, and it is named as ignored too, so that unmodified clients work.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import InvalidValue, UnsupportedParameter
+from ..types import CompletionRequest, Message, Principal, Prompt, Sampling
+
+_LABELS = frozenset(
+    "user metadata prompt_cache_key prompt_cache_retention safety_identifier".split()
+)
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "grammar": (),
+    "adapter": (),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": (),
+    "reproducible": (False,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Beside null. Several become features later; until then they are refused, not ignored."""
+_MESSAGE_NEUTRAL = ("audio", "function_call", "refusal", "tool_call_id", "tool_calls")
+_LIMIT = 2**31 - 1
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+StopText = Annotated[str, Field(min_length=1, max_length=512)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Tokens = Annotated[int, Field(ge=0, le=_LIMIT)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+_B = TypeVar("_B", bound=_Body)
+
+
+class _Part(_Body):
+    type: str
+    text: str | None = None
+
+
+class _Message(_Body):
+    role: Annotated[str, Field(min_length=1)]
+    content: str | list[_Part] | None = None
+    name: str | None = None
+
+
+class _StreamOptions(_Body):
+    include_usage: bool | None = None
+
+
+class _Common(_Body):
+    model: Annotated[str, Field(min_length=1)]
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    max_tokens: Tokens | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Tokens | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repeat_last_n: Annotated[int, Field(ge=0, le=4096)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+
+
+class _Chat(_Common):
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    max_completion_tokens: Tokens | None = None
+
+
+class _Completion(_Common):
+    prompt: str | list[int] | list[str] | list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """A request and how its answer is wanted. `ignored` are the names of fields without effect."""
+
+    request: CompletionRequest
+    stream: bool
+    include_usage: bool
+    ignored: tuple[str, ...]
+
+
+def parse_chat(body: bytes | dict[str, Any], request_id: str, principal: Principal) -> Parsed:
+    """Raises `InvalidValue` or `UnsupportedParameter`, naming the field."""
+    chat = _validated(_Chat, body)
+    wanted = chat.max_completion_tokens
+    if wanted is not None and chat.max_tokens not in (None, wanted):
+        raise InvalidValue(
+            f"max_tokens {chat.max_tokens} and max_completion_tokens {wanted} disagree",
+            param="max_completion_tokens",
+        )
+    messages = tuple(_message(m, f"messages.{i}") for i, m in enumerate(chat.messages))
+    limit = chat.max_tokens if wanted is None else wanted
+    return _parsed(chat, messages, limit, request_id, principal)
+
+
+def parse_completion(body: bytes | dict[str, Any], request_id: str, principal: Principal) -> Parsed:
+    """Raises `InvalidValue` or `UnsupportedParameter`, naming the field."""
+    completion = _validated(_Completion, body)
+    prompt = _prompt(completion.prompt)
+    return _parsed(completion, prompt, completion.max_tokens, request_id, principal)
+
+
+def _validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
+    data = _json(body) if isinstance(body, bytes) else body
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise InvalidValue(first["msg"], param=_field(kind, first["loc"])) from None
+
+
+def _field(kind: type[_Body], location: tuple[int | str, ...]) -> str | None:
+    """The field's path as a client writes it: a union's branch names are pydantic's, not ours."""
+    path = [str(location[0])] if location else []
+    for part in location[1:]:
+        if isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "list")):
+            path.append(str(part))
+    return ".".join(path) or None
+
+
+def _json(body: bytes) -> Any:
+    try:
+        data = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidValue(f"the body is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidValue("the body must be a JSON object")
+    return data
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _message(message: _Message, path: str) -> Message:
+    extra = message.model_extra or {}
+    for name in _MESSAGE_NEUTRAL:
+        if extra.get(name):
+            raise UnsupportedParameter(f"{name} is not supported", param=f"{path}.{name}")
+    if message.content is None:
+        raise InvalidValue("a message needs content", param=f"{path}.content")
+    # OpenAI's newer name for the same role; no model's own template knows it.
+    role = "system" if message.role == "developer" else message.role
+    if isinstance(message.content, str):
+        return Message(role, message.content, message.name)
+    texts = [_part(part, f"{path}.content.{i}") for i, part in enumerate(message.content)]
+    return Message(role, "\n".join(texts), message.name)
+
+
+def _part(part: _Part, path: str) -> str:
+    if part.type != "text":
+        raise UnsupportedParameter(
+            f"content of type {part.type!r} is not supported; only text is", param=f"{path}.type"
+        )
+    if part.text is None:
+        raise InvalidValue("a part of type text needs text", param=f"{path}.text")
+    return part.text
+
+
+def _prompt(prompt: str | list[int] | list[str] | list[list[int]]) -> Prompt:
+    if isinstance(prompt, str):
+        return prompt
+    if not prompt:
+        raise InvalidValue("the prompt is empty: there is nothing to continue", param="prompt")
+    first = prompt[0]
+    if isinstance(first, int):
+        return tuple(token for token in prompt if isinstance(token, int))
+    if len(prompt) > 1:
+        raise UnsupportedParameter("one prompt in a request, please", param="prompt")
+    return first if isinstance(first, str) else _prompt(first)
+
+
+def _parsed(
+    body: _Common, prompt: Prompt, max_tokens: int | None, request_id: str, principal: Principal
+) -> Parsed:
+    request = CompletionRequest(
+        request_id=request_id,
+        principal=principal,
+        model=body.model,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        sampling=_sampling(body),
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+    )
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise InvalidValue("stream_options needs stream to be true", param="stream_options")
+    return Parsed(
+        request=request,
+        stream=bool(body.stream),
+        include_usage=bool(options and options.include_usage),
+        ignored=_ignored(body.model_extra or {}),
+    )
+
+
+def _sampling(body: _Common) -> Sampling:
+    given = {
+        name: value
+        for name in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repeat_penalty",
+            "repeat_last_n",
+            "presence_penalty",
+            "frequency_penalty",
+            "seed",
+        )
+        if (value := getattr(body, name)) is not None
+    }
+    bias = []
+    for token, value in (body.logit_bias or {}).items():
+        if not token.isascii() or not token.isdigit() or int(token) > _LIMIT:
+            raise InvalidValue(f"{token!r} is not a token id", param="logit_bias")
+        bias.append((int(token), value))
+    return Sampling(logit_bias=tuple(bias), **given)
+
+
+def _ignored(extra: dict[str, Any]) -> tuple[str, ...]:
+    ignored = []
+    for name, value in extra.items():
+        if name in _NEUTRAL:
+            if value is not None and value not in _NEUTRAL[name]:
+                raise UnsupportedParameter(f"{name} is not supported", param=name)
+        elif name in _LABELS or value is not None:
+            ignored.append(name)
+    return tuple(ignored)

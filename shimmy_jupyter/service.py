@@ -1,0 +1,183 @@
+"""The one use-case: a completion. HTTP handlers, the kernel's fallback, the command line and the
+tests all come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any, Self
+
+from .engine.model import LoadedModel
+from .engine.stream import TokenStream
+from .errors import Cancelled, ContextLengthExceeded, InvalidValue
+from .models.lifecycle import ModelPool, ModelStatus
+from .types import CompletionRequest, Ended, FinishReason, Message, ModelFacts, Timings, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Dependency:
+    """`status` is ok, degraded or down; `action` is what a person can do, if there is anything."""
+
+    name: str
+    status: str
+    detail: str
+    action: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    dependencies: list[Dependency]
+
+    @property
+    def ok(self) -> bool:
+        """Whether a prompt could be answered."""
+        return all(dependency.status != "down" for dependency in self.dependencies)
+
+    def to_json(self) -> dict[str, Any]:
+        worst = [d.status for d in self.dependencies]
+        status = next((s for s in ("down", "degraded") if s in worst), "ok")
+        return {"status": status, "dependencies": [asdict(d) for d in self.dependencies]}
+
+
+def _engine_health(loaded: dict[str, LoadedModel]) -> Dependency:
+    failed = [id for id, model in loaded.items() if model.engine.failure is not None]
+    if failed:
+        return Dependency(
+            "engine", "degraded", f"stopped: {', '.join(failed)}", "restart the Jupyter server"
+        )
+    if find_spec("llama_cpp") is None:
+        return Dependency(
+            "engine", "down", "llama-cpp-python is not installed", "pip install llama-cpp-python"
+        )
+    return Dependency("engine", "ok", f"{len(loaded)} models loaded" if loaded else "not in use yet")
+
+
+def _models_health(statuses: list[ModelStatus]) -> Dependency:
+    if not statuses:
+        return Dependency("models", "down", "no models", "set ShimmyModels.roots")
+    failed = [f"{s.file.id}: {s.error}" for s in statuses if s.state == "failed"]
+    if failed:
+        return Dependency("models", "degraded", "; ".join(failed), "replace the file, or remove it")
+    return Dependency("models", "ok", f"{len(statuses)} available")
+
+
+@dataclass(slots=True)
+class Completion:
+    """An answer in the making. Read it, then `ended` holds the reason and the exact usage.
+
+    It owns its sequence: leaving the `async with` block, or `close`, frees it.
+    """
+
+    request: CompletionRequest
+    prompt_tokens: int
+    stream: TokenStream | None
+
+    async def read(self) -> list[str]:
+        """Text that has arrived since the last call, waiting for some; empty at the end.
+
+        Raises the error that ended the sequence, or `Cancelled` if somebody closed it.
+        """
+        if self.stream is None:
+            return []
+        texts = await self.stream.read()
+        if not texts and self.ended.reason is FinishReason.CANCELLED:
+            raise Cancelled("the request was cancelled")
+        return texts
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while texts := await self.read():
+            for text in texts:
+                yield text
+
+    async def text(self) -> str:
+        """The whole answer."""
+        return "".join([text async for text in self])
+
+    @property
+    def ended(self) -> Ended:
+        """How it ended; only meaningful once everything has been read."""
+        if self.stream is None:
+            return Ended(FinishReason.LENGTH, Usage(self.prompt_tokens, 0), Timings(0.0, None, None))
+        if self.stream.ended is None:
+            usage = Usage(self.prompt_tokens, 0)
+            return Ended(FinishReason.CANCELLED, usage, Timings(0.0, None, None))
+        return self.stream.ended
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class CompletionService:
+    """`default_max_tokens` is what a request gets that does not say how much it wants."""
+
+    def __init__(self, pool: ModelPool[LoadedModel], *, default_max_tokens: int = 1024) -> None:
+        self.pool = pool
+        self.default_max_tokens = default_max_tokens
+
+    async def start(self, request: CompletionRequest) -> Completion:
+        """Resolve the model, count the prompt exactly, refuse what cannot fit, queue the rest."""
+        model = await self.pool.get(request.model)
+        model.check_bias(request.sampling.logit_bias)
+        prompt = await model.encode(request.prompt)
+        max_tokens = self._room(request, len(prompt), model.facts)
+        if max_tokens == 0:
+            return Completion(request, len(prompt), None)
+        stream = model.submit(
+            request.principal.name, prompt, max_tokens, request.sampling, request.stop
+        )
+        return Completion(request, len(prompt), stream)
+
+    def _room(self, request: CompletionRequest, prompt_tokens: int, facts: ModelFacts) -> int:
+        context = facts.context_size
+        chat = isinstance(request.prompt, tuple) and isinstance(request.prompt[0], Message)
+        param = "messages" if chat else "prompt"
+        if prompt_tokens == 0:
+            raise InvalidValue("the prompt is empty: there is nothing to continue", param=param)
+        if request.max_tokens is not None and prompt_tokens <= context:
+            over = prompt_tokens + request.max_tokens - context
+            if over <= 0:
+                return request.max_tokens
+            raise ContextLengthExceeded(
+                f"the prompt's {prompt_tokens} tokens and max_tokens {request.max_tokens} are "
+                f"{over} tokens more than this model's context of {context}",
+                param="max_tokens",
+            )
+        # Without max_tokens there must be room for at least one.
+        over = prompt_tokens + (0 if request.max_tokens is not None else 1) - context
+        if over > 0:
+            raise ContextLengthExceeded(
+                f"the prompt has {prompt_tokens} tokens: {over} too many for this model's context "
+                f"of {context}",
+                param=param,
+            )
+        return min(self.default_max_tokens, context - prompt_tokens)
+
+    async def models(self) -> list[ModelStatus]:
+        return await self.pool.status()
+
+    async def model(self, id: str) -> ModelStatus:
+        """Raises `ModelNotFound`."""
+        file = await self.pool.find(id)
+        return self.pool.status_of(file)
+
+    async def health(self) -> Health:
+        """What the main job depends on. Looks, and loads nothing."""
+        return Health([_engine_health(self.pool.loaded()), _models_health(await self.models())])
+
+    async def close(self) -> None:
+        await self.pool.close()

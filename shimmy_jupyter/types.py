@@ -1,0 +1,132 @@
+"""The values that cross between rooms. All frozen, none with behaviour that needs a library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. Only `STOP` and `LENGTH` are successful completions."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a request is counted against, as Jupyter says; never taken from a client header."""
+
+    name: str
+    groups: tuple[str, ...] = ()
+    admin: bool = False
+    kind: str = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. `temperature == 0` is greedy: the most likely token.
+
+    `top_k == 0`, `top_p == 1`, `min_p == 0`, `repeat_penalty == 1` and penalties of 0 are off.
+    Penalties look at the last `repeat_last_n` tokens, prompt included. `seed` None is random.
+    Defaults are llama.cpp's own.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat, its content already flattened to text."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+Prompt = str | tuple[int, ...] | tuple[Message, ...]
+"""Raw text, token ids, or chat messages (a tuple of `Message`, never empty)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """One prompt and what is wanted of it. `max_tokens` None means the engine's default."""
+
+    request_id: str
+    principal: Principal
+    model: str
+    prompt: Prompt
+    max_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Exact token counts. `cached_tokens` of the prompt were not computed again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Milliseconds from submission: in the queue, and until the first token (None if none came).
+
+    `tokens_per_second` is the decode rate after the first token, None below two tokens.
+    """
+
+    queue_ms: float
+    ttft_ms: float | None
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as a plain message, so that it can cross a thread or a socket."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last word on a sequence."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a loaded model says of itself; `context_size` and `kv_tokens` are in tokens."""
+
+    architecture: str
+    description: str
+    parameters: int
+    size_bytes: int
+    context_train: int
+    context_size: int
+    kv_tokens: int
+    vocabulary: int
+    chat_template: str | None
+    metadata: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,126 @@
+"""A random-weight llama-architecture GGUF, made in a moment. It answers nonsense, for real.
+
+With a byte-level vocabulary of the shape that is asked for, any chat template, and weights in
+F32, F16 or Q8_0. The same seed gives the same bytes. Also runnable by the benchmarks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths must be multiples of 32. `vocabulary` is at least 260: bytes, one merge, three specials."""
+
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_width: int = 16
+    hidden: int = 128
+    vocabulary: int = 320
+    context: int = 2048
+
+
+TINY = Shape()
+QWEN_06B = Shape(
+    layers=28, width=1024, heads=16, kv_heads=8, head_width=128, hidden=3072, vocabulary=151936,
+    context=32768,
+)  # fmt: skip
+"""The shape of Qwen3-0.6B: 0.6 billion parameters, half of them in the tied embedding."""
+
+
+def byte_tokens() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 bytes, by byte."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in kept]
+    table = {b: chr(b) for b in kept} | {b: chr(256 + i) for i, b in enumerate(others)}
+    return [table[b] for b in range(256)]
+
+
+def write(
+    path: Path,
+    shape: Shape = TINY,
+    *,
+    quantized: bool = False,
+    template: str | None = CHATML,
+    seed: int = 0,
+    nan: bool = False,
+) -> Path:
+    """Write the model; with `nan` its last norm is not a number, and so is every logit."""
+    random = np.random.default_rng(seed)
+    w = gguf.GGUFWriter(str(path), "llama")
+    w.add_name("random")
+    w.add_block_count(shape.layers)
+    w.add_context_length(shape.context)
+    w.add_embedding_length(shape.width)
+    w.add_feed_forward_length(shape.hidden)
+    w.add_head_count(shape.heads)
+    w.add_head_count_kv(shape.kv_heads)
+    w.add_key_length(shape.head_width)
+    w.add_value_length(shape.head_width)
+    w.add_rope_dimension_count(shape.head_width)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_vocab_size(shape.vocabulary)
+    _add_vocabulary(w, shape.vocabulary)
+    if template is not None:
+        w.add_chat_template(template)
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        data = random.standard_normal((rows, columns), dtype=np.float32)
+        data *= columns**-0.5
+        if quantized:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            w.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            w.add_tensor(name, data)
+
+    def ones(name: str, value: float = 1.0) -> None:
+        w.add_tensor(name, np.full(shape.width, value, dtype=np.float32))
+
+    inner = shape.heads * shape.head_width
+    kv_inner = shape.kv_heads * shape.head_width
+    matrix("token_embd.weight", shape.vocabulary, shape.width)
+    ones("output_norm.weight", float("nan") if nan else 1.0)
+    for i in range(shape.layers):
+        ones(f"blk.{i}.attn_norm.weight")
+        ones(f"blk.{i}.ffn_norm.weight")
+        matrix(f"blk.{i}.attn_q.weight", inner, shape.width)
+        matrix(f"blk.{i}.attn_k.weight", kv_inner, shape.width)
+        matrix(f"blk.{i}.attn_v.weight", kv_inner, shape.width)
+        matrix(f"blk.{i}.attn_output.weight", shape.width, inner)
+        matrix(f"blk.{i}.ffn_gate.weight", shape.hidden, shape.width)
+        matrix(f"blk.{i}.ffn_up.weight", shape.hidden, shape.width)
+        matrix(f"blk.{i}.ffn_down.weight", shape.width, shape.hidden)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+def _add_vocabulary(w: gguf.GGUFWriter, size: int) -> None:
+    singles = byte_tokens()
+    filler = [f"{singles[97 + i % 26]}{i}" for i in range(size - len(singles) - len(SPECIAL) - 1)]
+    tokens = [*singles, "ab", *filler, *SPECIAL]
+    kinds = [gguf.TokenType.NORMAL] * (size - len(SPECIAL)) + [gguf.TokenType.CONTROL] * 3
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("gpt-2")
+    w.add_token_list(tokens)
+    w.add_token_types(kinds)
+    w.add_token_merges(["a b"])
+    w.add_bos_token_id(size - 3)
+    w.add_eos_token_id(size - 3)
+    w.add_eot_token_id(size - 1)
+    w.add_add_bos_token(False)
