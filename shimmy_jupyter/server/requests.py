@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InvalidValue, UnsupportedParameter
 from ..types import CompletionRequest, Message, Principal, Prompt, Sampling
@@ -47,10 +47,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Beside null. Several become features later; until then they are refused, not ignored."""
 _MESSAGE_NEUTRAL = ("audio", "function_call", "refusal", "tool_call_id", "tool_calls")
+_FIELDS = ("content", "include_usage", "name", "role", "text", "type")
 _LIMIT = 2**31 - 1
 
+def _unicode(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("half of a surrogate pair is not a character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+Name = Annotated[Text, Field(min_length=1, max_length=256)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-StopText = Annotated[str, Field(min_length=1, max_length=512)]
+StopText = Annotated[Text, Field(min_length=1, max_length=512)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Tokens = Annotated[int, Field(ge=0, le=_LIMIT)]
 
@@ -63,14 +72,14 @@ _B = TypeVar("_B", bound=_Body)
 
 
 class _Part(_Body):
-    type: str
-    text: str | None = None
+    type: Text
+    text: Text | None = None
 
 
 class _Message(_Body):
-    role: Annotated[str, Field(min_length=1)]
-    content: str | list[_Part] | None = None
-    name: str | None = None
+    role: Name
+    content: Text | list[_Part] | None = None
+    name: Name | None = None
 
 
 class _StreamOptions(_Body):
@@ -78,7 +87,7 @@ class _StreamOptions(_Body):
 
 
 class _Common(_Body):
-    model: Annotated[str, Field(min_length=1)]
+    model: Name
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     max_tokens: Tokens | None = None
@@ -101,7 +110,7 @@ class _Chat(_Common):
 
 
 class _Completion(_Common):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Text | list[int] | list[Text] | list[list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +150,14 @@ def _validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        raise InvalidValue(first["msg"], param=_field(kind, first["loc"])) from None
+        raise InvalidValue(first["msg"], param=_field(first["loc"])) from None
 
 
-def _field(kind: type[_Body], location: tuple[int | str, ...]) -> str | None:
-    """The field's path as a client writes it: a union's branch names are pydantic's, not ours."""
+def _field(location: tuple[int | str, ...]) -> str | None:
+    """The field's path as a client writes it; the names of a union's branches are pydantic's."""
     path = [str(location[0])] if location else []
     for part in location[1:]:
-        if isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "list")):
+        if isinstance(part, int) or part in _FIELDS:
             path.append(str(part))
     return ".".join(path) or None
 

@@ -54,9 +54,13 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
         groups = tuple(str(group) for group in hub_user.get("groups") or ())
         return Principal(str(hub_user["name"]), groups, bool(hub_user.get("admin")), "hub")
 
-    async def prepare(self) -> None:
-        self.request_id = uuid.uuid4().hex
+    def set_default_headers(self) -> None:
+        # Called again when an error clears what was set: the id must outlive that.
+        super().set_default_headers()
+        self.request_id = getattr(self, "request_id", None) or uuid.uuid4().hex
         self.set_header("x-shimmy-request-id", self.request_id)
+
+    async def prepare(self) -> None:
         self._accept_kernel_secret()
         await super().prepare()
         # The decorators say so too; this also covers methods that no handler has.
