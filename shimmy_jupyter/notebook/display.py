@@ -81,12 +81,12 @@ class Answer:
     def bundle(self) -> dict[str, str]:
         """Every representation, as IPython's display wants them."""
         body = to_html(self.text)
-        note = self.note and f'<p><small style="opacity:0.7">{html.escape(self.note)}</small></p>'
-        plain = clean(self.text)
+        note, plain = clean(self.note), clean(self.text)
+        small = note and f'<p><small style="opacity:0.7">{html.escape(note)}</small></p>'
         return {
-            "text/html": f'<div class="shimmy-answer">{body}{note}</div>',
+            "text/html": f'<div class="shimmy-answer">{body}{small}</div>',
             "text/markdown": to_inert_markdown(self.text),
-            "text/plain": f"{plain}\n[{self.note}]" if self.note else plain,
+            "text/plain": f"{plain}\n[{note}]" if note else plain,
         }
 
 

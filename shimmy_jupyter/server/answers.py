@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ShimmyError
 from ..models.lifecycle import ModelStatus
 from ..service import Completion
 from ..types import Ended
-from .requests import Parsed
+
+if TYPE_CHECKING:  # importing it would load pydantic at the server's start
+    from .requests import Parsed
 
 DONE = b"data: [DONE]\n\n"
 

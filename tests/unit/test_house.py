@@ -1,0 +1,138 @@
+"""The layout's rules, checked over the imports: who may need whom, and what must stay unloaded."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shimmy_jupyter
+from shimmy_jupyter import errors
+from shimmy_jupyter.types import Failure
+
+PACKAGE = Path(shimmy_jupyter.__file__).parent
+LOW = {"types", "errors"}
+MAY_NEED: dict[str, set[str]] = {
+    "types": set(),
+    "errors": {"types"},
+    "core": LOW,
+    "models": LOW,
+    "engine": LOW | {"core"},
+    "service": LOW | {"core", "engine", "models"},
+    "server": LOW | {"core", "engine", "models", "service"},
+    "notebook": LOW,
+}
+EDGE = {"config", "compose", "kernel", "cli", "__init__", "server.app"}
+"""Composition: these put rooms together and may need any of them."""
+IMPURE = {
+    "asyncio", "anyio", "threading", "tornado", "llama_cpp", "time", "os", "pathlib", "io",
+    "socket", "subprocess", "datetime", "queue", "concurrent",
+}  # fmt: skip
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything a module imports, at any depth of its code."""
+    found: set[str] = set()
+    package = ["shimmy_jupyter", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join(package[: len(package) - node.level + 1])
+            found |= (
+                {f"{base}.{node.module}"}
+                if node.module
+                else {f"{base}.{alias.name}" for alias in node.names}
+            )
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module))
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_rooms_need_only_what_they_may(path: Path) -> None:
+    module = dotted(path)
+    if module in EDGE:
+        return
+    room = module.split(".")[0]
+    for name in imports(path):
+        if not name.startswith("shimmy_jupyter"):
+            continue
+        needed = name.split(".")[1] if "." in name else "__init__"
+        assert needed == room or needed in MAY_NEED[room], f"{module} needs {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if "core" in p.parts], ids=dotted)
+def test_the_core_is_pure(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path)} & IMPURE
+
+
+def test_one_importer_of_the_binding() -> None:
+    users = {dotted(p) for p in MODULES if any(n.startswith("llama_cpp") for n in imports(p))}
+    assert users == {"engine.llama"}
+
+
+def test_one_reader_of_the_environment() -> None:
+    readers = {dotted(p) for p in MODULES if re.search(r"os\.environ|getenv", p.read_text())}
+    # The engine sets a variable of llama.cpp's; the app hands kernels their secret.
+    assert readers == {"config", "engine.llama", "server.app"}
+
+
+def test_modules_stay_small() -> None:
+    assert {dotted(p): n for p in MODULES if (n := len(p.read_text().splitlines())) > 400} == {}
+
+
+HEAVY = ("llama_cpp", "numpy", "ipywidgets", "pydantic", "httpx")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import shimmy_jupyter",
+        "import shimmy",
+        "import shimmy_jupyter.server.app",
+        "import shimmy_jupyter.compose",
+    ],
+)
+def test_importing_loads_nothing_heavy(code: str) -> None:
+    check = f"{code}\nimport sys\nprint([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+class TestErrors:
+    def test_every_code_comes_back_as_its_error(self) -> None:
+        leaves = [cls for cls in errors.all_errors() if cls is not errors.ShimmyError]
+        for cls in leaves:
+            back = errors.from_failure(Failure(cls.code, "why"))
+            assert back.code == cls.code
+            assert (back.status, back.type, back.message) == (cls.status, cls.type, "why")
+
+    def test_codes_are_drawn_in_the_module(self) -> None:
+        for cls in errors.all_errors():
+            assert cls.code in str(errors.__doc__)
+            assert cls.__name__ in str(errors.__doc__)
+
+    def test_unknown_code_is_an_internal_error(self) -> None:
+        assert isinstance(errors.from_code("from the future", "x"), errors.InternalError)
+
+    def test_ipython_shows_one_line(self) -> None:
+        shown = errors.InvalidValue("too hot", param="temperature")._render_traceback_()
+        assert shown == ["InvalidValue: too hot (field 'temperature') [invalid_value]"]
+
+
+def test_the_alias_is_the_same_thing() -> None:
+    import shimmy
+
+    assert shimmy.load_ipython_extension is shimmy_jupyter.load_ipython_extension
+    assert shimmy.__version__ == shimmy_jupyter.__version__

@@ -1,0 +1,149 @@
+"""Chat templates: what real ones need works; what reaches out or runs away is refused quickly.
+
+Each hostile template below hung, ballooned or escaped in stock Jinja, or could.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from shimmy_jupyter.engine.template import MAX_TEMPLATE_BYTES, ChatTemplate
+from shimmy_jupyter.errors import InvalidValue
+from shimmy_jupyter.types import Message
+
+CHAT = (Message("system", "Be brief."), Message("user", "hi"))
+
+
+def render(source: str, *messages: Message, **special: str) -> str:
+    return ChatTemplate(source, special).render(messages or CHAT)
+
+
+def test_chatml() -> None:
+    source = (
+        "{% for m in messages %}\n"
+        "{{ '<|im_start|>' ~ m.role + '\\n' + m['content'] | trim + '<|im_end|>' }}\n"
+        "{% endfor %}\n"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert render(source) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ bos_token }}{{ messages[-1].content }}", "<s>hi"),
+        ("{% for m in messages %}{{ loop.index }}/{{ loop.length }} {% endfor %}", "1/2 2/2 "),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "hi"),
+        ("{% for m in messages %}{% if loop.last %}{% break %}{% endif %}x{% endfor %}", "x"),
+        ("{% generation %}a{{ messages[0].role }}{% endgeneration %}", "asystem"),
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+         "{% endfor %}{{ ns.n }}", "2"),
+        ("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(messages[1].content) }}", "[hi]"),
+        ("{{ messages | tojson }}", '[{"role": "system", "content": "Be brief."}, '
+         '{"role": "user", "content": "hi"}]'),
+        ("{{ {'a': 'é<'} | tojson(indent=1) }}", '{\n "a": "é<"\n}'),
+        ("{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') "
+         "| join(',') }}", "hi"),
+        ("{{ messages[1:] | length }}{{ 'a-b'.split('-')[1] }}{{ 'x' * 3 }}{{ '%s!' % 'y' }}",
+         "1bxxxy!"),
+        ("{{ tools is none }}{{ unknown is defined }}", "TrueFalse"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ 'a\nb' | indent(2) }}", "a\n  b"),
+        ("{{ '{} {}'.format(1, 2) }}", "1 2"),
+    ],
+)  # fmt: skip
+def test_what_templates_use(source: str, expected: str) -> None:
+    assert render(source, bos_token="<s>") == expected
+
+
+def test_its_own_refusal_is_passed_on() -> None:
+    with pytest.raises(InvalidValue, match="System role not supported") as caught:
+        render("{{ raise_exception('System role not supported') }}")
+    assert caught.value.param == "messages"
+
+
+ESCAPES = [
+    "{{ messages.__class__.__globals__ }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ namespace.__init__.__globals__ }}",
+    "{{ raise_exception.__globals__ }}",
+    "{{ messages.append(1) }}",
+    "{{ messages.clear() }}",
+    "{% include 'other' %}",
+    "{% import 'os' as os %}",
+    "{% extends 'other' %}",
+    "{{ lipsum.__globals__ }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+]
+RUNAWAYS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for a in range(9999999) %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% continue %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 2000000000 }}",
+    "{{ [1] * 2000000000 }}",
+    "{% set x = 'a' * 9999999 %}{% for i in range(1000) %}{{ x }}{% endfor %}",
+    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x=10) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "{{ 10 ** 100000000 }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%*d' % (1000000000, 1) }}",
+    "{{ '%999999999d' | format(1) }}",
+    "{{ 'a'.ljust(2000000000) }}",
+    "{{ 'a' | center(2000000000) }}",
+    "{{ 'a' | indent(2000000000) }}",
+    "{{ '{:>2000000000}'.format(1) }}",
+    "{{ '{:>{}}'.format(1, 2000000000) }}",
+    "{{ messages | tojson(indent=2000000000) }}",
+    "{% set x = 'a' * 1000000 %}{{ x.replace('a', x) }}",
+    "{% set x = 'a' * 1000000 %}{{ x | replace('a', x) }}",
+    "{% set x = 'a' * 1000000 %}{{ x.join(x) }}",
+    "{% set x = 'a' * 1000000 %}{{ range(99999) | join(x) }}",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% macro f(n) %}{{ f(n+1) }}{% endmacro %}{{ f(0) }}",
+    "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "{% set x = range(99999)|list %}{% for i in range(99999) %}{% if -1 in x %}{% endif %}"
+    "{% endfor %}",
+    "{% set x = range(99999)|list %}{% for i in range(99999) %}{% set y = x.count(-1) %}"
+    "{% endfor %}",
+    "{% for i in range(99999) %}{% set y = range(99999)|select('undefined')|list %}{% endfor %}",
+    "{% set x = 'a' * 9999999 %}{% for i in range(99999) %}{% set y = x[::-1] %}{% endfor %}",
+    "{% set b = 'a' * 9999999 %}{% set x %}{% for i in range(99999) %}{{ b }}{% endfor %}"
+    "{% endset %}{{ x }}",
+    "{% set x %}{% for i in range(99999) %}" + "x" * 200_000 + "{% endfor %}{% endset %}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+    "{{ n.x | tojson }}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+    "{{ n.x }}",
+    "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}"
+    "{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    "{% macro charged(x) %}{% endmacro %}{% macro each(x) %}{% endmacro %}"
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "x" * (MAX_TEMPLATE_BYTES + 1),
+]
+
+
+@pytest.mark.parametrize("source", ESCAPES, ids=lambda s: s[:60])
+def test_nothing_gets_out_of_the_sandbox(source: str) -> None:
+    try:
+        shown = render(source)
+    except InvalidValue:
+        return
+    assert shown == ""  # the sandbox answers some forbidden names with an empty value
+
+
+@pytest.mark.parametrize("source", RUNAWAYS, ids=lambda s: s[:60])
+def test_runaway_templates_are_refused(source: str) -> None:
+    with pytest.raises(InvalidValue, match="chat template"):
+        render(source)
+
+
+def test_a_long_honest_chat_renders() -> None:
+    source = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content | trim ~ '\n' }}{% endfor %}"
+    chat = tuple(Message("user", "word " * 200) for _ in range(2000))
+    assert len(render(source, *chat)) > 2_000_000
