@@ -7,7 +7,7 @@ from collections.abc import Callable
 from IPython.core.interactiveshell import InteractiveShell
 
 from .client import Connection, Server, Transport
-from .magics import ShimmyMagics
+from .magics import ShimmyMagics, questions_are_not_help
 
 
 def load(
@@ -18,6 +18,7 @@ def load(
     """Register one instance of the magics. Loading again replaces the one before."""
     unload(shell)
     shell.register_magics(ShimmyMagics(shell, Connection(find, local)))
+    shell.input_transformers_cleanup.append(questions_are_not_help)
 
 
 def unload(shell: InteractiveShell) -> None:
@@ -25,4 +26,6 @@ def unload(shell: InteractiveShell) -> None:
     for table in shell.magics_manager.magics.values():
         table.pop("shimmy", None)
     shell.magics_manager.registry.pop(ShimmyMagics.__name__, None)
+    while questions_are_not_help in shell.input_transformers_cleanup:
+        shell.input_transformers_cleanup.remove(questions_are_not_help)
     shell.configurables[:] = [c for c in shell.configurables if not isinstance(c, ShimmyMagics)]

@@ -68,6 +68,37 @@ def parse_options(line: str) -> tuple[dict[str, Any], str]:
     return options, rest
 
 
+def parse_cell_line(line: str) -> dict[str, Any]:
+    """The first line of a cell: options and at most one model, in any order."""
+    options, rest = parse_options(line)
+    if not rest:
+        return options
+    model, _, after = rest.partition(" ")
+    more, extra = parse_options(after)
+    if extra or "model" in options or "model" in more:
+        raise InvalidValue(
+            f"the first line takes options and one model, not {line.strip()!r}", param="model"
+        )
+    return {**options, **more, "model": model}
+
+
+_ASKED = re.compile(r"^%shimmy\s+(\S.*\?)\s*$")
+
+
+def questions_are_not_help(lines: list[str]) -> list[str]:
+    """IPython reads `%shimmy What does len do?` as a wish for help on `do`. An input transformer,
+    which takes and returns a cell's lines.
+    """
+    if lines and lines[0].startswith("%%"):
+        return lines
+    return [
+        f"get_ipython().run_line_magic('shimmy', {match[1]!r})\n"
+        if (match := _ASKED.match(line))
+        else line
+        for line in lines
+    ]
+
+
 @magics_class
 class ShimmyMagics(Magics):
     """Settings for one notebook: `%config ShimmyMagics.temperature = 0`."""
@@ -92,24 +123,17 @@ class ShimmyMagics(Magics):
         """Ask a local language model.
 
         %shimmy [OPTIONS] PROMPT
-        %%shimmy [OPTIONS] [MODEL]
+        %%shimmy [MODEL] [OPTIONS]
         PROMPT, as many lines as you like
 
-        Options come first: --model NAME, --system TEXT, --temperature X (0 is greedy),
+        Options: --model NAME, --system TEXT, --temperature X (0 is greedy),
         --max-tokens N, --seed N. `%shimmy -- PROMPT` for a prompt that begins with "--".
         Interrupting the kernel stops the model too.
         """
-        options, rest = parse_options(line)
         if cell is None:
-            prompt = rest
+            options, prompt = parse_options(line)
         else:
-            prompt = cell.strip()
-            if rest:
-                options.setdefault("model", rest)
-                if " " in rest or options["model"] != rest:
-                    raise InvalidValue(
-                        f"the first line takes options and one model, not {rest!r}", param="model"
-                    )
+            options, prompt = parse_cell_line(line), cell.strip()
         if not prompt:
             raise InvalidValue("there is no prompt: `%shimmy PROMPT`, or write it below `%%shimmy`")
         self._ask(prompt, options)
