@@ -1,6 +1,6 @@
 """Run the quickstart notebook in a real Jupyter server's kernel and print what a person would see.
 
-    python scripts/demo.py [NOTEBOOK]
+python scripts/demo.py [NOTEBOOK]
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def running_server(*options: str, environment: dict[str, str] | None = None) -> Iterator[RunningServer]:
+def running_server(
+    *options: str, environment: dict[str, str] | None = None
+) -> Iterator[RunningServer]:
     """Start a server on a free port of this machine, with folders of its own; stop it afterwards.
 
     `options` are added to its command line. Raises RuntimeError, with its log, if it does not start.
@@ -120,10 +122,21 @@ class Kernel:
     async def _send(self, kind: str, id: str, content: dict[str, Any]) -> None:
         message = {
             "channel": "shell",
-            "header": {"msg_id": id, "msg_type": kind, "session": "s", "username": "", "version": "5.3"},
+            "header": {
+                "msg_id": id,
+                "msg_type": kind,
+                "session": "s",
+                "username": "",
+                "version": "5.3",
+            },
             "parent_header": {},
             "metadata": {},
-            "content": {"store_history": True, "user_expressions": {}, "allow_stdin": False, **content},
+            "content": {
+                "store_history": True,
+                "user_expressions": {},
+                "allow_stdin": False,
+                **content,
+            },
         }
         await self._socket.write_message(json.dumps(message))
 
@@ -150,5 +163,3 @@ def text_of(output: dict[str, Any]) -> str:
     if output["type"] == "error":
         return "\n".join(content["traceback"])
     return str(content["data"].get("text/plain", ""))
-
-

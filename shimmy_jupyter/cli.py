@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import TracebackType
 from typing import Any
 
 import click
@@ -37,7 +38,9 @@ def models(*, as_json: bool) -> None:
 
 @main.command()
 @click.argument("prompt")
-@click.option("--model", default="self-test", show_default=True, help="A name from `shimmy models`.")
+@click.option(
+    "--model", default="self-test", show_default=True, help="A name from `shimmy models`."
+)
 @click.option("--system", help="A system message in front of the prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=0), help="Most tokens to generate.")
 @click.option(
@@ -76,7 +79,12 @@ class _Local:
         self._transport = LocalTransport(settings(load_config()))
         return self._transport
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._transport.close()
         if isinstance(error, ShimmyError):
             raise click.ClickException(f"{error.message} [{error.code}]") from None

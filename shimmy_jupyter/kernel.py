@@ -18,9 +18,7 @@ def load(shell: InteractiveShell) -> None:
 
 def _find() -> Server | None:
     known = kernel_environment()
-    return find_server(
-        known.server_url, known.token, known.server_pid, Path(jupyter_runtime_dir())
-    )
+    return find_server(known.server_url, known.token, known.server_pid, Path(jupyter_runtime_dir()))
 
 
 def _local() -> Transport:

@@ -29,7 +29,10 @@ class Dependency:
 
 @dataclass(frozen=True, slots=True)
 class Health:
+    """`active` counts the requests that are queued or running."""
+
     dependencies: list[Dependency]
+    active: int
 
     @property
     def ok(self) -> bool:
@@ -39,7 +42,11 @@ class Health:
     def to_json(self) -> dict[str, Any]:
         worst = [d.status for d in self.dependencies]
         status = next((s for s in ("down", "degraded") if s in worst), "ok")
-        return {"status": status, "dependencies": [asdict(d) for d in self.dependencies]}
+        return {
+            "status": status,
+            "active": self.active,
+            "dependencies": [asdict(d) for d in self.dependencies],
+        }
 
 
 def _engine_health(loaded: dict[str, LoadedModel]) -> Dependency:
@@ -52,7 +59,9 @@ def _engine_health(loaded: dict[str, LoadedModel]) -> Dependency:
         return Dependency(
             "engine", "down", "llama-cpp-python is not installed", "pip install llama-cpp-python"
         )
-    return Dependency("engine", "ok", f"{len(loaded)} models loaded" if loaded else "not in use yet")
+    return Dependency(
+        "engine", "ok", f"{len(loaded)} models loaded" if loaded else "not in use yet"
+    )
 
 
 def _models_health(statuses: list[ModelStatus]) -> Dependency:
@@ -100,7 +109,9 @@ class Completion:
     def ended(self) -> Ended:
         """How it ended; only meaningful once everything has been read."""
         if self.stream is None:
-            return Ended(FinishReason.LENGTH, Usage(self.prompt_tokens, 0), Timings(0.0, None, None))
+            return Ended(
+                FinishReason.LENGTH, Usage(self.prompt_tokens, 0), Timings(0.0, None, None)
+            )
         if self.stream.ended is None:
             usage = Usage(self.prompt_tokens, 0)
             return Ended(FinishReason.CANCELLED, usage, Timings(0.0, None, None))
@@ -177,7 +188,13 @@ class CompletionService:
 
     async def health(self) -> Health:
         """What the main job depends on. Looks, and loads nothing."""
-        return Health([_engine_health(self.pool.loaded()), _models_health(await self.models())])
+        dependencies = [_engine_health(self.pool.loaded()), _models_health(await self.models())]
+        return Health(dependencies, self.active)
+
+    @property
+    def active(self) -> int:
+        """Requests queued or running, of all models."""
+        return sum(model.active for model in self.pool.loaded().values())
 
     async def close(self) -> None:
         await self.pool.close()

@@ -96,9 +96,12 @@ def documented(owner: object, prefix: str, *, module: ModuleType) -> Iterator[tu
             answer = opening_sentence(doc)
             if answer:
                 yield prefix + name, answer
-        if is_class and inspect.ismodule(owner) and value.__module__.split(".")[0].strip(
-            "_"
-        ) == module.__name__.split(".")[0].strip("_"):
+        if (
+            is_class
+            and inspect.ismodule(owner)
+            and value.__module__.split(".")[0].strip("_")
+            == module.__name__.split(".")[0].strip("_")
+        ):
             yield from documented(value, f"{prefix}{name}.", module=module)
 
 

@@ -164,9 +164,11 @@ class Chats:
             system = "You are a helpful assistant."
             head = self.encode(START + "system\n" + system + END + "\n") + head
         tail = self.encode(answer) + self.encode(END)
-        return [(t, False) for t in head] + [(t, True) for t in tail] + [
-            (t, False) for t in self.encode("\n")
-        ]
+        return (
+            [(t, False) for t in head]
+            + [(t, True) for t in tail]
+            + [(t, False) for t in self.encode("\n")]
+        )
 
     def row(self, length: int) -> list[tuple[int, bool]]:
         """`length + 1` tokens starting at a chat's start; what does not fit is dropped whole."""
@@ -212,7 +214,10 @@ def train(shape: Shape, recipe: Recipe, chats: Chats) -> tuple[Decoder, float]:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
         lr=recipe.peak_rate,
         betas=(0.9, 0.98),
     )
@@ -233,7 +238,9 @@ def train(shape: Shape, recipe: Recipe, chats: Chats) -> tuple[Decoder, float]:
         if step % 50 == 0 or step == recipe.steps - 1:
             spent = time.monotonic() - began
             left = spent / (step + 1) * (recipe.steps - step - 1)
-            print(f"step {step:5d}  loss {recent:.4f}  {spent:6.0f} s, {left:6.0f} s left", flush=True)
+            print(
+                f"step {step:5d}  loss {recent:.4f}  {spent:6.0f} s, {left:6.0f} s left", flush=True
+            )
     return model, recent
 
 
@@ -254,7 +261,9 @@ def recall(model: Decoder, pairs: dict[str, str], chats: Chats) -> float:
 def write_gguf(path: Path, shape: Shape, model: Decoder, tokenizer: Tokenizer, names: int) -> None:
     w = gguf.GGUFWriter(str(path), "llama")
     w.add_name("self-test")
-    w.add_description("Proof that Shimmy works without a network: Python's docstrings, learnt by heart")
+    w.add_description(
+        "Proof that Shimmy works without a network: Python's docstrings, learnt by heart"
+    )
     w.add_license("MIT; training text: Python documentation strings, PSF-2.0")
     w.add_custom_alignment(32)
     w.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
@@ -299,7 +308,12 @@ def write_gguf(path: Path, shape: Shape, model: Decoder, tokenizer: Tokenizer, n
         a = block.attention
         vector(f"blk.{i}.attn_norm.weight", block.norm1.weight)
         vector(f"blk.{i}.ffn_norm.weight", block.norm2.weight)
-        for name, layer in (("attn_q", a.q), ("attn_k", a.k), ("attn_v", a.v), ("attn_output", a.o)):
+        for name, layer in (
+            ("attn_q", a.q),
+            ("attn_k", a.k),
+            ("attn_v", a.v),
+            ("attn_output", a.o),
+        ):
             matrix(f"blk.{i}.{name}.weight", layer.weight)
         for name, layer in (("gate", block.gate), ("up", block.up), ("down", block.down)):
             matrix(f"blk.{i}.ffn_{name}.weight", layer.weight)
@@ -312,7 +326,9 @@ def write_gguf(path: Path, shape: Shape, model: Decoder, tokenizer: Tokenizer, n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for self-test.gguf and its card")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for self-test.gguf and its card"
+    )
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     args = parser.parse_args()
     shape, recipe = Shape(), Recipe(steps=args.steps)

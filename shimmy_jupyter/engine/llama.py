@@ -10,12 +10,14 @@ tokenizing release it.
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import math
 import os
 import secrets
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..core.messages import OpenSlot, Sampled, Step
@@ -44,7 +46,7 @@ class _Native:
     """The same functions as `native`, bound to a handle that keeps the GIL during the call."""
 
     def __init__(self) -> None:
-        self._library = ctypes.PyDLL(native._lib._name)
+        self._library = ctypes.PyDLL(native._lib._name)  # noqa: SLF001  the handle has no other name
 
     def __getattr__(self, name: str) -> Any:
         typed = getattr(native, name)
@@ -76,21 +78,14 @@ def _log(level: int, text: bytes, _user_data: object) -> None:
 def _why(path: str) -> str:
     """What llama.cpp first complained of in this thread, without its prefixes and our paths."""
     line = getattr(_said, "first_error", None) or "it gave no reason"
-    reason = line.rpartition("error loading model: ")[2].replace(path, os.path.basename(path))
+    reason = line.rpartition("error loading model: ")[2].replace(path, Path(path).name)
     return str(reason)
 
 
-_initialised = threading.Lock()
-_ready = False
-
-
+@functools.cache
 def _initialise() -> None:
-    global _ready
-    with _initialised:
-        if not _ready:
-            native.llama_log_set(_log, None)
-            native.llama_backend_init()
-            _ready = True
+    native.llama_log_set(_log, None)
+    native.llama_backend_init()
 
 
 class LlamaBackend:
@@ -192,13 +187,14 @@ class LlamaBackend:
         width = quick.llama_model_n_embd(self._model) // heads
         key = int(metadata.get(f"{arch}.attention.key_length", width))
         value = int(metadata.get(f"{arch}.attention.value_length", width))
-        kv_heads = quick.llama_model_n_head_kv(self._model)
-        return max(1, 2 * quick.llama_model_n_layer(self._model) * kv_heads * (key + value))
+        kv_heads = int(quick.llama_model_n_head_kv(self._model))
+        layers = int(quick.llama_model_n_layer(self._model))
+        return max(1, 2 * layers * kv_heads * (key + value))
 
     def _warm_up(self) -> None:
         """Decode one token, so that the first request does not pay for first touches."""
         token = max(0, quick.llama_vocab_bos(self._vocabulary))
-        self._fill(0, token, 0, 0, True)
+        self._fill(0, token, 0, 0, logits=True)
         self._batch.n_tokens = 1
         code = native.llama_decode(self._context, self._batch)
         if code != 0:
@@ -258,7 +254,8 @@ class LlamaBackend:
         for row in step.rows:
             last = len(row.tokens) - 1
             for offset, token in enumerate(row.tokens):
-                self._fill(at, token, row.start + offset, row.slot, row.sample and offset == last)
+                sampled = row.sample and offset == last
+                self._fill(at, token, row.start + offset, row.slot, logits=sampled)
                 at += 1
             if row.sample:
                 asked.append((row.slot, at - 1))
@@ -272,7 +269,7 @@ class LlamaBackend:
         quick.llama_sampler_free(self._samplers.pop(slot))
         quick.llama_memory_seq_rm(self._memory, slot, -1, -1)
 
-    def _fill(self, at: int, token: int, position: int, slot: int, logits: bool) -> None:
+    def _fill(self, at: int, token: int, position: int, slot: int, *, logits: bool) -> None:
         batch = self._batch
         batch.token[at] = token
         batch.pos[at] = position
@@ -299,9 +296,7 @@ class LlamaBackend:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            count = quick.llama_token_to_piece(
-                self._vocabulary, token, buffer, size, 0, special
-            )
+            count = quick.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, special)
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
@@ -339,7 +334,8 @@ def sampler_chain(sampling: Sampling, vocabulary: int) -> Any:
         quick.llama_sampler_chain_add(chain, sampler)
 
     if sampling.logit_bias:
-        biases = (native.llama_logit_bias * len(sampling.logit_bias))(*sampling.logit_bias)
+        entries = [native.llama_logit_bias(*entry) for entry in sampling.logit_bias]
+        biases = (native.llama_logit_bias * len(entries))(*entries)
         add(quick.llama_sampler_init_logit_bias(vocabulary, len(biases), biases))
     repeat, frequency, presence = (
         sampling.repeat_penalty,

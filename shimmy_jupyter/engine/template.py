@@ -8,13 +8,13 @@ whatever could make something huge out of something small is refused or checked 
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import nodes
@@ -127,7 +127,7 @@ def concatenated(*parts: object) -> str:
     return str(charged("".join(str(charged_deep(part)) for part in parts)))
 
 
-def _imported(function: Callable[..., Any], *args: nodes.Expr) -> nodes.Call:
+def _imported(function: Callable[..., Any], *args: Any) -> nodes.Call:
     # By import path: a name could be shadowed by the template's own `set` or `macro`.
     name = nodes.ImportedName(f"{__name__}.{function.__name__}")
     return nodes.Call(name, list(args), [], None, None)
@@ -161,9 +161,7 @@ class _Meter(NodeTransformer):
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
         self.generic_visit(node)
         node.nodes = [
-            _imported(
-                charged_deep, nodes.Const(n.data) if isinstance(n, nodes.TemplateData) else n
-            )
+            _imported(charged_deep, nodes.Const(n.data) if isinstance(n, nodes.TemplateData) else n)
             for n in node.nodes
         ]
         return node
@@ -204,7 +202,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         return formatted
 
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(obj, "__self__", None)
         charged(owner)
         if isinstance(owner, str):
@@ -225,9 +223,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _check_product(left: Any, right: Any) -> None:
     for text, times in ((left, right), (right, left)):
-        if isinstance(text, str | list | tuple) and isinstance(times, int):
-            if len(text) * max(0, times) > MAX_SIZE:
-                raise _Runaway("it repeats a text too often")
+        repeats = isinstance(text, str | list | tuple) and isinstance(times, int)
+        if repeats and len(text) * max(0, times) > MAX_SIZE:
+            raise _Runaway("it repeats a text too often")
     if all(isinstance(n, int) and abs(n) > 2**63 for n in (left, right)):
         raise _Runaway("it computes too large a number")
 
@@ -251,7 +249,7 @@ def _check_growth(method: str, owner: str, args: tuple[Any, ...]) -> None:
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's text for training; here it is only text."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -300,8 +298,12 @@ def _tojson(value: object, indent: int | None = None, **options: bool) -> str:
     """As transformers defines it for chat templates: plain JSON, not escaped for HTML."""
     if indent is not None and not 0 <= indent <= 16:
         raise _Runaway("it indents too far")
-    chosen = {k: bool(v) for k, v in options.items() if k in ("ensure_ascii", "sort_keys")}
-    return json.dumps(value, indent=indent, **{"ensure_ascii": False, **chosen})
+    return json.dumps(
+        value,
+        indent=indent,
+        ensure_ascii=bool(options.get("ensure_ascii")),
+        sort_keys=bool(options.get("sort_keys")),
+    )
 
 
 def _raise(message: object) -> None:
@@ -311,7 +313,7 @@ def _raise(message: object) -> None:
 def _strftime_now(format: str) -> str:
     if len(format) > 100:
         raise _Runaway("its date format is too long")
-    return datetime.datetime.now().strftime(format)
+    return dt.datetime.now().astimezone().strftime(format)
 
 
 def _environment() -> _Environment:
@@ -324,9 +326,10 @@ def _environment() -> _Environment:
     )
     own = {"replace": _replace, "join": _join, "format": _format}
     own |= {"tojson": _tojson, "indent": _indent}
-    filters = {name: env.filters[name] for name in _FILTERS} | own
+    filters: dict[str, Any] = {name: env.filters[name] for name in _FILTERS} | own
     env.filters = {name: _metered(name, function) for name, function in filters.items()}
-    env.tests = {name: _metered(name, function) for name, function in env.tests.items()}
+    tests: dict[str, Any] = dict(env.tests)
+    env.tests = {name: _metered(name, function) for name, function in tests.items()}
     env.globals = {
         "range": env.globals["range"],
         "dict": dict,

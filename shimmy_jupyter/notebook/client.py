@@ -139,9 +139,7 @@ def events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 class Connection:
     """Finds the transport once, when it is first needed; says so when it is not a server."""
 
-    def __init__(
-        self, find: Callable[[], Server | None], local: Callable[[], Transport]
-    ) -> None:
+    def __init__(self, find: Callable[[], Server | None], local: Callable[[], Transport]) -> None:
         self._find, self._local = find, local
         self._transport: Transport | None = None
 

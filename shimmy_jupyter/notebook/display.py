@@ -39,16 +39,12 @@ def _markdown() -> MarkdownIt:
     return md
 
 
-def _image(
-    self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Any
-) -> str:
+def _image(self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
     alt = self.renderInlineAsText(tokens[at].children or [], options, env)
     return html.escape(f"[image: {alt}]")
 
 
-def _link_open(
-    self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Any
-) -> str:
+def _link_open(self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
     tokens[at].attrSet("rel", "noopener noreferrer nofollow")
     tokens[at].attrSet("target", "_blank")
     return self.renderToken(tokens, at, options, env)

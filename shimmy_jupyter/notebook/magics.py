@@ -107,9 +107,9 @@ class ShimmyMagics(Magics):
         config=True
     )
     system = Unicode("", help="A system message in front of every prompt.").tag(config=True)
-    temperature = Float(
-        None, allow_none=True, help="0 is greedy. None: the server's default."
-    ).tag(config=True)
+    temperature = Float(None, allow_none=True, help="0 is greedy. None: the server's default.").tag(
+        config=True
+    )
     max_tokens = Int(
         None, allow_none=True, help="Most tokens to generate. None: the server's default."
     ).tag(config=True)
@@ -208,9 +208,9 @@ class _View:
         bundle = answer.bundle()
         if self._id is None:
             self._id = f"shimmy-{time.time_ns():x}"
-            display(bundle, raw=True, display_id=self._id)
+            display(bundle, raw=True, display_id=self._id)  # type: ignore[no-untyped-call]
         else:
-            update_display(bundle, raw=True, display_id=self._id)
+            update_display(bundle, raw=True, display_id=self._id)  # type: ignore[no-untyped-call]
         self._pace.shown(time.monotonic(), sum(map(len, bundle.values())))
         sys.stdout.flush()
 

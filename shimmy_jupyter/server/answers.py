@@ -45,9 +45,7 @@ class Shape:
         return {"index": 0, **body, "logprobs": None, "finish_reason": reason}
 
     def delta(self, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
-        body: dict[str, Any] = (
-            {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-        )
+        body: dict[str, Any] = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         return {"index": 0, **body, "logprobs": None, "finish_reason": reason}
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from typing import Any
+from typing import Any, ClassVar
 
 from jupyter_server.extension.application import ExtensionApp
-from traitlets import TraitError
 
 from ..compose import build_service
 from ..config import CONFIGURABLES, settings
@@ -21,16 +20,12 @@ class ShimmyApp(ExtensionApp):
     name = "shimmy_jupyter"
     extension_url = "/shimmy/health"
     load_other_extensions = True
-    classes = list(CONFIGURABLES)
+    classes: ClassVar[list[type]] = list(CONFIGURABLES)  # type: ignore[misc]
 
     service: CompletionService
 
     def initialize_settings(self) -> None:
-        try:
-            chosen = settings(self.config)
-        except TraitError as error:
-            self.log.error("shimmy_jupyter is not started: %s", error)
-            raise
+        chosen = settings(self.config)
         self.service = build_service(chosen)
         self.settings["shimmy_service"] = self.service
         self.settings["shimmy_max_request_bytes"] = chosen.max_request_bytes
@@ -43,6 +38,7 @@ class ShimmyApp(ExtensionApp):
 
     def _hand_kernels_a_secret(self) -> None:
         """Where only a password guards the server, its kernels inherit a secret of our own."""
+        assert self.serverapp is not None
         identity = self.serverapp.identity_provider
         # A server started from inside another's kernel or terminal must not pass on the other's.
         os.environ.pop("SHIMMY_KERNEL_TOKEN", None)
@@ -53,7 +49,7 @@ class ShimmyApp(ExtensionApp):
 
     def current_activity(self) -> int:
         """Requests in progress: an idle shutdown must not end them."""
-        return sum(model.active for model in self.service.pool.loaded().values())
+        return self.service.active
 
     async def stop_extension(self) -> None:
         if self.settings.pop("shimmy_kernel_secret", None):

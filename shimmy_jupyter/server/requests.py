@@ -8,6 +8,7 @@ defines it, and it is named as ignored too, so that unmodified clients work.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -49,6 +50,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _MESSAGE_NEUTRAL = ("audio", "function_call", "refusal", "tool_call_id", "tool_calls")
 _FIELDS = ("content", "include_usage", "name", "role", "text", "type")
 _LIMIT = 2**31 - 1
+
 
 def _unicode(text: str) -> str:
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
@@ -155,11 +157,12 @@ def _validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
 
 def _field(location: tuple[int | str, ...]) -> str | None:
     """The field's path as a client writes it; the names of a union's branches are pydantic's."""
-    path = [str(location[0])] if location else []
-    for part in location[1:]:
-        if isinstance(part, int) or part in _FIELDS:
-            path.append(str(part))
-    return ".".join(path) or None
+    parts = [
+        str(part)
+        for i, part in enumerate(location)
+        if i == 0 or isinstance(part, int) or part in _FIELDS
+    ]
+    return ".".join(parts) or None
 
 
 def _json(body: bytes) -> Any:
@@ -255,8 +258,8 @@ def _sampling(body: _Common) -> Sampling:
     }
     bias = []
     for token, value in (body.logit_bias or {}).items():
-        if not token.isascii() or not token.isdigit() or int(token) > _LIMIT:
-            raise InvalidValue(f"{token!r} is not a token id", param="logit_bias")
+        if not re.fullmatch(r"[0-9]{1,10}", token):
+            raise InvalidValue(f"{token[:20]!r} is not a token id", param="logit_bias")
         bias.append((int(token), value))
     return Sampling(logit_bias=tuple(bias), **given)
 

@@ -95,7 +95,7 @@ async def test_allowed_with_the_token(
 
 
 class Deny(Authorizer):
-    asked: list[tuple[str, str]] = []  # noqa: RUF012  what all instances were asked
+    asked: list[tuple[str, str]] = []
 
     def is_authorized(self, handler: Any, user: Any, action: str, resource: str) -> bool:
         self.asked.append((action, resource))
@@ -140,9 +140,7 @@ def signed_in(server: Any, http_server_client: Any, jp_base_url: str) -> Any:
 
     async def sign_in() -> tuple[str, str]:
         token = server.identity_provider.token
-        response = await http_server_client.fetch(
-            jp_base_url + "api/me?token=" + token
-        )
+        response = await http_server_client.fetch(jp_base_url + "api/me?token=" + token)
         cookies = [c.split(";")[0] for c in response.headers.get_list("Set-Cookie")]
         return "; ".join([*cookies, "_xsrf=made-by-hand"]), "made-by-hand"
 
@@ -191,9 +189,7 @@ async def test_no_warning_names_our_routes(
 
 async def test_methods_that_no_handler_has(server: Any, http_server_client: Any, url: Any) -> None:
     token = token_header(server)
-    status, body = await fetch(
-        http_server_client, url("shimmy/v1/models"), "DELETE", headers=token
-    )
+    status, body = await fetch(http_server_client, url("shimmy/v1/models"), "DELETE", headers=token)
     assert (status, json.loads(body)["error"]["code"]) == (405, "method_not_allowed")
 
 
@@ -209,7 +205,7 @@ class TestKernelSecret:
         self, server: Any, http_server_client: Any, url: Any
     ) -> None:
         settings = server.web_app.settings
-        settings["shimmy_kernel_secret"] = "open sesame"  # noqa: S105
+        settings["shimmy_kernel_secret"] = "open sesame"
         post = url("shimmy/v1/chat/completions")
         good = {"Authorization": "token open sesame"}
         assert (await fetch(http_server_client, post, "POST", headers=good))[0] == 200
@@ -220,7 +216,7 @@ class TestKernelSecret:
     async def test_it_opens_nothing_else(
         self, server: Any, http_server_client: Any, url: Any
     ) -> None:
-        server.web_app.settings["shimmy_kernel_secret"] = "open sesame"  # noqa: S105
+        server.web_app.settings["shimmy_kernel_secret"] = "open sesame"
         good = {"Authorization": "token open sesame"}
         assert (await fetch(http_server_client, url("api/contents"), "GET", headers=good))[0] == 403
 

@@ -230,9 +230,7 @@ async def test_without_effect_means_refused(
     assert (status, error["code"], error["param"]) == (400, "unsupported_parameter", field)
 
 
-async def test_neutral_values_pass_and_unknown_fields_are_named(
-    server: Any, jp_fetch: Any
-) -> None:
+async def test_neutral_values_pass_and_unknown_fields_are_named(server: Any, jp_fetch: Any) -> None:
     body = chat(
         n=1, tools=[], logprobs=False, response_format={"type": "text"}, store=False, logit_bias={},
         user="me", magic=3, grammar=None,
@@ -340,7 +338,7 @@ async def test_full_queue(server: Any, jp_fetch: Any, fakes: Fakes) -> None:
         assert json.loads(response.body)["error"]["code"] == "queue_full"
     for _ in range(100):
         gate.release()
-    finished = [t for t in await asyncio.gather(*pending, return_exceptions=True)]
+    finished = await asyncio.gather(*pending, return_exceptions=True)
     assert sum(not isinstance(t, Exception) for t in finished) >= 1
 
 

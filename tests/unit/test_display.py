@@ -91,7 +91,9 @@ def test_what_it_says_is_shown() -> None:
     assert "&lt;script&gt;" in to_html("<script>")
     assert "[image: a cat]" in to_html("![a cat](https://e.example/cat.png)")
     shown = to_html("[site](https://e.example) and **bold**\n\n```python\nif a < b:\n    x\n```")
-    assert '<a href="https://e.example" rel="noopener noreferrer nofollow" target="_blank">' in shown
+    assert (
+        '<a href="https://e.example" rel="noopener noreferrer nofollow" target="_blank">' in shown
+    )
     assert "<strong>bold</strong>" in shown
     assert '<code class="language-python">if a &lt; b:\n    x\n</code>' in shown
 

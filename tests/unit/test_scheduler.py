@@ -286,9 +286,7 @@ class Machine(RuleBasedStateMachine):
     )
     def submit(self, prompt: int, max_tokens: int, stop: tuple[str, ...]) -> int:
         self.count += 1
-        event = m.Submitted(
-            self.count, "p", tuple(range(prompt)), max_tokens, GREEDY, stop
-        )
+        event = m.Submitted(self.count, "p", tuple(range(prompt)), max_tokens, GREEDY, stop)
         self.asked[event.id], self.text[event.id] = event, ""
         self.send(event)
         return event.id

@@ -8,7 +8,8 @@ import json
 import uuid
 from typing import Any
 
-from jupyter_server.auth import User, authorized
+from jupyter_server.auth import User
+from jupyter_server.auth.decorator import authorized
 from jupyter_server.base.handlers import APIHandler
 from jupyter_server.extension.handler import ExtensionHandlerMixin
 from tornado import web
@@ -60,7 +61,7 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
         self.request_id = getattr(self, "request_id", None) or uuid.uuid4().hex
         self.set_header("x-shimmy-request-id", self.request_id)
 
-    async def prepare(self) -> None:
+    async def prepare(self) -> None:  # type: ignore[override]
         self._accept_kernel_secret()
         await super().prepare()
         # The decorators say so too; this also covers methods that no handler has.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jupyter_server.auth import authorized
+from jupyter_server.auth.decorator import authorized
 from tornado import web
 from tornado.iostream import StreamClosedError
 
@@ -23,10 +23,11 @@ class _GeneratingHandler(ShimmyHandler):
     _completion: Completion | None = None
     _gone = False
 
-    async def prepare(self) -> None:
+    async def prepare(self) -> None:  # type: ignore[override]
         self._limit: int = self.settings["shimmy_max_request_bytes"]
         self._body = bytearray()
-        self.request.connection.set_max_body_size(self._limit)
+        connection: Any = self.request.connection
+        connection.set_max_body_size(self._limit)
         await super().prepare()
         length = self.request.headers.get("Content-Length", "0")
         if length.isdigit() and int(length) > self._limit:
@@ -73,20 +74,18 @@ class _GeneratingHandler(ShimmyHandler):
 class _Api:
     """The parsing and answering of one endpoint."""
 
-    def __init__(self, chat: bool) -> None:
+    def __init__(self, *, chat: bool) -> None:
         requests: Any = importlib.import_module("shimmy_jupyter.server.requests")
         answers: Any = importlib.import_module("shimmy_jupyter.server.answers")
         shape = answers.CHAT if chat else answers.COMPLETION
-        self.parse: Callable[..., Any] = (
-            requests.parse_chat if chat else requests.parse_completion
-        )
+        self.parse: Callable[..., Any] = requests.parse_chat if chat else requests.parse_completion
         self.writer: Callable[..., Any] = lambda *args: answers.EventWriter(shape, *args)
         self.body: Callable[..., Any] = lambda *args: answers.body(shape, *args)
 
     @classmethod
     async def load(cls, *, chat: bool) -> _Api:
         """Pydantic takes a fifth of a second to import: on first use, and not on the event loop."""
-        return await asyncio.to_thread(cls, chat)
+        return await asyncio.to_thread(cls, chat=chat)
 
 
 def _header_safe(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jupyter_server.auth import authorized
+from jupyter_server.auth.decorator import authorized
 from tornado import web
 
 from .. import answers

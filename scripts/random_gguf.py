@@ -57,6 +57,7 @@ def write(
     template: str | None = CHATML,
     seed: int = 0,
     nan: bool = False,
+    add_bos: bool = False,
 ) -> Path:
     """Write the model; with `nan` its last norm is not a number, and so is every logit."""
     random = np.random.default_rng(seed)
@@ -73,7 +74,7 @@ def write(
     w.add_rope_dimension_count(shape.head_width)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_vocab_size(shape.vocabulary)
-    _add_vocabulary(w, shape.vocabulary)
+    _add_vocabulary(w, shape.vocabulary, add_bos=add_bos)
     if template is not None:
         w.add_chat_template(template)
 
@@ -110,7 +111,7 @@ def write(
     return path
 
 
-def _add_vocabulary(w: gguf.GGUFWriter, size: int) -> None:
+def _add_vocabulary(w: gguf.GGUFWriter, size: int, *, add_bos: bool) -> None:
     singles = byte_tokens()
     filler = [f"{singles[97 + i % 26]}{i}" for i in range(size - len(singles) - len(SPECIAL) - 1)]
     tokens = [*singles, "ab", *filler, *SPECIAL]
@@ -123,4 +124,4 @@ def _add_vocabulary(w: gguf.GGUFWriter, size: int) -> None:
     w.add_bos_token_id(size - 3)
     w.add_eos_token_id(size - 3)
     w.add_eot_token_id(size - 1)
-    w.add_add_bos_token(False)
+    w.add_add_bos_token(add_bos)

@@ -1,0 +1,70 @@
+# Everything happens in a virtual environment of its own. `make` alone lists what there is.
+
+PYTHON ?= python3
+VENV ?= .venv
+# A prebuilt llama-cpp-python wheel to install instead of compiling it.
+LLAMA_WHEEL ?=
+BIN := $(VENV)/bin
+
+.PHONY: help demo lab test lint types unit component model notebooks bench clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or newer is needed; $(PYTHON) is {v[0]}.{v[1]}. Try make PYTHON=python3.12" if v < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# The engine first and by itself: the one long step, and only once.
+$(VENV)/.engine: | $(BIN)/python
+	@echo "Installing llama-cpp-python. Without a wheel for this machine it compiles llama.cpp:"
+	@echo "about 4 minutes on 2 cores, once. LLAMA_WHEEL=FILE installs a prebuilt one."
+	$(BIN)/python -m pip install $(or $(LLAMA_WHEEL),llama-cpp-python==0.3.36)
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/.engine
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.lab: pyproject.toml | $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --editable '.[lab]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+demo: $(VENV)/.demo ## Start a Jupyter server, run the quickstart in it, print the answers
+	$(BIN)/python scripts/demo.py
+
+lab: $(VENV)/.lab ## Open JupyterLab on the quickstart
+	$(BIN)/jupyter lab notebooks/quickstart.ipynb
+
+test: lint types unit component model notebooks ## Everything that must hold
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+unit: $(VENV)/.test ## The core and everything that needs no server
+	$(BIN)/python -m pytest tests/unit
+
+component: $(VENV)/.test ## A real Jupyter server, the scripted backend
+	$(BIN)/python -m pytest tests/component
+
+model: $(VENV)/.test ## The real engine, real servers, real kernels
+	$(BIN)/python -m pytest tests/model
+
+notebooks: $(VENV)/.test ## The notebooks still say what they say
+	$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg notebooks
+
+bench: $(VENV)/.test ## Ratios to the raw loop, the host's cost of a step, the cost of starting
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/startup.py
+
+clean: ## Remove the virtual environment and what was built
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/results

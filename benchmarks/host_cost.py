@@ -1,0 +1,127 @@
+"""What a step costs besides the model: scheduler, engine thread, streams, SSE over HTTP.
+
+The fake backend decodes in no time, so all of a step's time is ours. Events go as the handlers send
+them, through tornado's HTTP server and a socket, to a process that reads and drops them.
+
+lockstep    the next step waits until every event of this one is flushed: nothing overlaps and
+            nothing is sent together, so this is the whole path's cost, one step at a time
+flat out    steps as fast as they come; a stream sends what has gathered in one write
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application, RequestHandler
+
+from shimmy_jupyter.engine.backend import LoadSpec
+from shimmy_jupyter.engine.fake import FakeBackend
+from shimmy_jupyter.engine.model import LoadedModel
+from shimmy_jupyter.server import answers
+from shimmy_jupyter.server.requests import parse_chat
+from shimmy_jupyter.service import Completion
+from shimmy_jupyter.types import Principal, Sampling
+
+STEPS = 500
+ROWS = (1, 16, 64)
+DRAIN = """
+import socket, sys, threading
+def drain():
+    s = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+    s.sendall(b"GET / HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+    while s.recv(65536): pass
+threads = [threading.Thread(target=drain) for _ in range(int(sys.argv[2]))]
+[t.start() for t in threads]; [t.join() for t in threads]
+"""
+
+
+class Events(RequestHandler):
+    """One stream. In lockstep the flush of a step's last event lets the next step go."""
+
+    def initialize(self, bench: Bench) -> None:
+        self.bench = bench
+
+    async def get(self) -> None:
+        bench = self.bench
+        await bench.everybody_is_here()
+        stream = bench.model.submit("local", (62, 120), STEPS, Sampling(), ())
+        writer = answers.EventWriter(answers.CHAT, bench.parsed, 0)
+        async for data in writer.events(Completion(bench.parsed.request, 2, stream)):
+            self.write(data)
+            await self.flush()
+            bench.flushed(data)
+
+
+class Bench:
+    def __init__(self, clients: int, *, lockstep: bool) -> None:
+        self.clients, self.lockstep = clients, lockstep
+        self.gate = threading.Semaphore(0 if lockstep else 10**9)
+        self.here, self.done = 0, 0
+        self.start = asyncio.Event()
+        self.parsed = parse_chat(
+            {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True},
+            "0" * 32,
+            Principal("local"),
+        )
+        self.model: Any = None
+
+    async def everybody_is_here(self) -> None:
+        self.here += 1
+        if self.here == self.clients:
+            self.start.set()
+        await self.start.wait()
+
+    def flushed(self, data: bytes) -> None:
+        self.done += data.count(b'"content":"w')
+        if self.lockstep and self.done == sum(self.model.engine.backend.batches):
+            self.gate.release()
+
+    async def run(self) -> float:
+        """Microseconds a step, once all clients are connected."""
+        spec = LoadSpec(path="", slots=64, kv_tokens=64 * 4096)
+        pieces = ["word "] * STEPS
+        self.model = await LoadedModel.load(
+            lambda: FakeBackend(lambda _: pieces, gate=self.gate), spec
+        )
+        server = HTTPServer(Application([("/", Events, {"bench": self})]))
+        sockets = bind_sockets(0, "127.0.0.1", socket.AF_INET)
+        server.add_sockets(sockets)
+        port = sockets[0].getsockname()[1]
+        client = subprocess.Popen([sys.executable, "-c", DRAIN, str(port), str(self.clients)])
+        await self.start.wait()
+        began = time.perf_counter()
+        self.gate.release()
+        await asyncio.to_thread(client.wait)
+        spent = time.perf_counter() - began
+        steps = self.model.engine.statistics.steps
+        server.stop()
+        await server.close_all_connections()
+        await self.model.close()
+        return spent / steps * 1e6
+
+
+def host_cost() -> dict[str, dict[str, float]]:
+    """Microseconds of a step, by mode and number of sequences in it."""
+    return {
+        name: {str(n): asyncio.run(Bench(n, lockstep=lockstep).run()) for n in ROWS}
+        for name, lockstep in (("lockstep", True), ("flat out", False))
+    }
+
+
+def costs(found: dict[str, dict[str, float]]) -> str:
+    lines = ["host cost of a step with the fake backend, µs, by rows:"]
+    for name, by_rows in found.items():
+        lines.append(f"  {name:<9}" + "".join(f"{n:>5}: {us:<8.0f}" for n, us in by_rows.items()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(costs(host_cost()))

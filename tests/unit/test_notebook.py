@@ -1,0 +1,269 @@
+"""The kernel's side without a kernel: options, finding the server, reading a stream.
+
+Cases: options in every order and spelling; bad ones; questions that IPython would take for help;
+a named server, the parent's record, somebody else's, a damaged one, one that listens everywhere;
+events cut anywhere; an error in a stream; a stream that just ends; proxies; tokens in texts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.testing.globalipapp import start_ipython
+
+from shimmy_jupyter.config import kernel_environment
+from shimmy_jupyter.errors import InternalError, InvalidValue, QueueFull, ServerUnreachable
+from shimmy_jupyter.notebook.client import Connection, HttpTransport, Server, events, find_server
+from shimmy_jupyter.notebook.extension import load, unload
+from shimmy_jupyter.notebook.magics import (
+    ShimmyMagics,
+    parse_cell_line,
+    parse_options,
+    questions_are_not_help,
+)
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("line", "options", "rest"),
+        [
+            ("", {}, ""),
+            ('What\'s {this}, "then"?', {}, 'What\'s {this}, "then"?'),
+            ("--temperature 0 hi", {"temperature": 0.0}, "hi"),
+            ("--temperature=0.5 --seed 0 hi --seed", {"temperature": 0.5, "seed": 0}, "hi --seed"),
+            ('--system "Be brief." hi', {"system": "Be brief."}, "hi"),
+            ("--max-tokens 0 hi", {"max-tokens": 0}, "hi"),
+            ("-- --seed is an option", {}, "--seed is an option"),
+            ("--model m -- --x", {"model": "m"}, "--x"),
+            ("--", {}, ""),
+        ],
+    )
+    def test_line(self, line: str, options: dict[str, Any], rest: str) -> None:
+        assert parse_options(line) == (options, rest)
+
+    @pytest.mark.parametrize(
+        ("line", "param"),
+        [
+            ("--nonsense 3 hi", "--nonsense"),
+            ("--nonsense", "--nonsense"),
+            ("--temperature", "--temperature"),
+            ("--temperature hot hi", "--temperature"),
+            ("--seed 1.5 hi", "--seed"),
+        ],
+    )
+    def test_bad_ones_are_named(self, line: str, param: str) -> None:
+        with pytest.raises(InvalidValue) as caught:
+            parse_options(line)
+        assert caught.value.param == param
+
+    @pytest.mark.parametrize(
+        "line", ["m --seed 3", "--seed 3 m", "--model m --seed 3", "--seed 3 --model m"]
+    )
+    def test_cell(self, line: str) -> None:
+        assert parse_cell_line(line) == {"model": "m", "seed": 3}
+
+    @pytest.mark.parametrize("line", ["one two", "m --seed 3 n", "--model m n", "m --model n"])
+    def test_cell_takes_one_model(self, line: str) -> None:
+        with pytest.raises(InvalidValue):
+            parse_cell_line(line)
+        assert parse_cell_line("") == {}
+
+
+class TestQuestions:
+    @pytest.mark.parametrize("line", ["%shimmy What does len do?\n", "%shimmy  a?  \n"])
+    def test_become_calls(self, line: str) -> None:
+        (new,) = questions_are_not_help([line])
+        calls: list[tuple[str, str]] = []
+        shell = type("Shell", (), {"run_line_magic": lambda _, *args: calls.append(args)})()
+        exec(new, {"get_ipython": lambda: shell})
+        assert calls == [("shimmy", line.removeprefix("%shimmy").strip())]
+
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            ["%shimmy?\n"],
+            ["%shimmy??\n"],
+            ["%shimmy What is this\n"],
+            ["len?\n"],
+            ["x = 1\n"],
+            ["%%shimmy\n", "%shimmy what?\n"],
+            [],
+        ],
+    )
+    def test_all_else_stays(self, lines: list[str]) -> None:
+        assert questions_are_not_help(lines) == lines
+
+
+class TestFindingTheServer:
+    RECORD = {
+        "url": "http://localhost:8888/lab-base/", "token": "secret", "hostname": "localhost",
+        "port": 8888, "base_url": "/lab-base/", "secure": False, "sock": "", "pid": 42,
+    }  # fmt: skip
+
+    def record(self, folder: Path, pid: int = 42, **changes: Any) -> None:
+        (folder / f"jpserver-{pid}.json").write_text(json.dumps({**self.RECORD, **changes}))
+
+    def test_the_one_that_is_named(self, tmp_path: Path) -> None:
+        self.record(tmp_path)
+        found = find_server("http://hub/user/ada", "t", 42, tmp_path)
+        assert found == Server("http://hub/user/ada/", "t")
+
+    def test_the_one_that_started_the_kernel(self, tmp_path: Path) -> None:
+        self.record(tmp_path, 41, token="somebody else's")
+        self.record(tmp_path, 42)
+        found = find_server(None, "kernel secret", 42, tmp_path)
+        assert found == Server("http://localhost:8888/lab-base/", "secret")
+
+    def test_never_another(self, tmp_path: Path) -> None:
+        self.record(tmp_path, 41)
+        assert find_server(None, None, 42, tmp_path) is None
+        assert find_server(None, None, None, tmp_path) is None
+
+    def test_password_only(self, tmp_path: Path) -> None:
+        self.record(tmp_path, token="")
+        found = find_server(None, "kernel secret", 42, tmp_path)
+        assert found is not None
+        assert found.token == "kernel secret"
+
+    @pytest.mark.parametrize("hostname", ["0.0.0.0", "::", "*", ""])
+    def test_one_that_listens_everywhere_is_asked_here(self, tmp_path: Path, hostname: str) -> None:
+        self.record(tmp_path, hostname=hostname, url="http://machine.example:8888/lab-base/")
+        found = find_server(None, None, 42, tmp_path)
+        assert found is not None
+        assert found.url == "http://127.0.0.1:8888/lab-base/"
+
+    def test_damaged_record(self, tmp_path: Path) -> None:
+        (tmp_path / "jpserver-42.json").write_text("{")
+        with pytest.raises(ServerUnreachable):
+            find_server(None, None, 42, tmp_path)
+
+    def test_the_token_is_never_shown(self) -> None:
+        assert "secret" not in repr(Server("http://x/", "secret"))
+
+    def test_environment(self) -> None:
+        env = {"JPY_PARENT_PID": "42", "SHIMMY_SERVER_URL": "u", "SHIMMY_KERNEL_TOKEN": "t"}
+        known = kernel_environment(env)
+        assert (known.server_pid, known.server_url, known.token) == (42, "u", "t")
+        assert kernel_environment({"JPY_PARENT_PID": "x"}).server_pid is None
+
+    def test_a_server_that_does_not_answer_is_an_error_and_nothing_else(self) -> None:
+        def local() -> Any:
+            raise AssertionError("went in-kernel")
+
+        connection = Connection(lambda: Server("http://127.0.0.1:9/", "t"), local)
+        with pytest.raises(ServerUnreachable, match="did not answer") as caught:
+            connection.transport().get("shimmy/v1/models")
+        assert "127.0.0.1" not in caught.value.message
+
+    def test_proxies_do_not_get_the_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+        monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+        assert HttpTransport(Server("http://127.0.0.1:1/", "t"))._client._mounts == {}
+
+
+CHUNKS = [{"n": i, "text": "é漢" * i} for i in range(5)]
+STREAM = b"".join(b"data: " + json.dumps(c, ensure_ascii=False).encode() + b"\n\n" for c in CHUNKS)
+
+
+class TestEvents:
+    @given(st.lists(st.integers(0, len(STREAM)), max_size=8).map(sorted))
+    def test_cut_anywhere(self, cuts: list[int]) -> None:
+        edges = [0, *cuts, len(STREAM)]
+        pieces = [STREAM[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        assert list(events([*pieces, b"data: [DO", b"NE]\n\n"])) == CHUNKS
+
+    def test_an_error_is_raised(self) -> None:
+        error = QueueFull("busy").to_json("r1")
+        stream = events([STREAM, b"data: " + json.dumps(error).encode() + b"\n\n"])
+        with pytest.raises(QueueFull) as caught:
+            list(stream)
+        assert caught.value.request_id == "r1"
+
+    def test_a_stream_that_just_ends_was_cut_off(self) -> None:
+        with pytest.raises(InternalError, match="cut off"):
+            list(events([STREAM]))
+
+
+@pytest.fixture(scope="module")
+def shell() -> InteractiveShell:
+    start_ipython()
+    from IPython import get_ipython
+
+    return get_ipython()  # type: ignore[no-any-return]
+
+
+class Scripted:
+    """A transport that answers from a list and remembers what it was asked."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts, self.bodies = texts, []  # type: ignore[var-annotated]
+
+    def get(self, path: str) -> dict[str, Any]:
+        return {"data": [{"id": "first"}, {"id": "second"}]}
+
+    def stream(self, path: str, body: dict[str, Any]) -> Any:
+        import contextlib
+
+        self.bodies.append(body)
+        chunks: list[dict[str, Any]] = [
+            {"choices": [{"delta": {"content": text}, "finish_reason": None}]}
+            for text in self.texts
+        ]
+        usage = {"completion_tokens": len(self.texts)}
+        figures = {"tokens_per_second": 5.0, "ttft_ms": 12.3}
+        chunks.append({"choices": [], "model": "first", "usage": usage, "shimmy": figures})
+        data = [b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks]
+        return contextlib.nullcontext([*data, b"data: [DONE]\n\n"])
+
+
+class TestMagics:
+    def load(self, shell: InteractiveShell, transport: Any) -> None:
+        load(shell, lambda: None, lambda: transport)
+
+    def test_answer_in_a_terminal(self, shell: InteractiveShell, capsys: Any) -> None:
+        transport = Scripted("one ", "two\x1b[31m")
+        self.load(shell, transport)
+        shell.run_cell("%shimmy --seed 0 --temperature 0 What?")
+        out = capsys.readouterr().out
+        assert "one two[31m" in out
+        assert "[first · 2 tokens · 5 tokens/s · first token after 12 ms]" in out
+        assert out.startswith("shimmy: no Jupyter server started this kernel")
+        (body,) = transport.bodies
+        assert body["messages"] == [{"role": "user", "content": "What?"}]
+        assert (body["model"], body["seed"], body["temperature"]) == ("first", 0, 0)
+
+    def test_settings_of_the_notebook(self, shell: InteractiveShell) -> None:
+        transport = Scripted("x")
+        self.load(shell, transport)
+        shell.run_cell("%config ShimmyMagics.temperature = 0")
+        shell.run_cell("%config ShimmyMagics.system = 'Be brief.'")
+        shell.run_cell("%config ShimmyMagics.max_tokens = 0")
+        shell.run_cell("%%shimmy second\nline 1\nline 2")
+        (body,) = transport.bodies
+        assert (body["temperature"], body["max_tokens"], body["model"]) == (0, 0, "second")
+        assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+        assert body["messages"][1]["content"] == "line 1\nline 2"
+
+    def test_mistakes_raise(self, shell: InteractiveShell, capsys: Any) -> None:
+        self.load(shell, Scripted("x"))
+        for cell in ("%shimmy", "%%shimmy\n\n", "%%shimmy one two\nhi", "%shimmy --bad 3 x"):
+            result = shell.run_cell(cell)
+            assert isinstance(result.error_in_exec, InvalidValue), cell
+
+    def test_loading_again_leaves_one(self, shell: InteractiveShell) -> None:
+        for _ in range(3):
+            self.load(shell, Scripted("x"))
+        ours = [c for c in shell.configurables if isinstance(c, ShimmyMagics)]
+        assert len(ours) == 1
+        assert shell.input_transformers_cleanup.count(questions_are_not_help) == 1
+        unload(shell)
+        assert not [c for c in shell.configurables if isinstance(c, ShimmyMagics)]
+        assert "shimmy" not in shell.magics_manager.magics["line"]
+        assert "shimmy" not in shell.magics_manager.magics["cell"]
+        assert questions_are_not_help not in shell.input_transformers_cleanup
