@@ -60,7 +60,7 @@ model: $(VENV)/.test ## The real engine, real servers, real kernels
 	$(BIN)/python -m pytest tests/model
 
 notebooks: $(VENV)/.test ## The notebooks still say what they say
-	$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg notebooks
+	IPYTHONDIR=$(CURDIR)/tests/ipython $(BIN)/python scripts/with_server.py $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg notebooks
 
 bench: $(VENV)/.test ## Ratios to the raw loop, the host's cost of a step, the cost of starting
 	$(BIN)/python benchmarks/bench.py

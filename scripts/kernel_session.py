@@ -58,7 +58,6 @@ def running_server(
         env = {
             **os.environ,
             "JUPYTER_RUNTIME_DIR": str(runtime),
-            "IPYTHONDIR": str(Path(folder, "ipython")),
             "JUPYTER_CONFIG_DIR": str(Path(folder, "config")),
             **(environment or {}),
         }

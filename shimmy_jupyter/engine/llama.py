@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..core.messages import OpenSlot, Sampled, Step
+from ..core.messages import OpenSlot, Row, Sampled, Step
 from ..errors import EngineCrashed, ModelLoadFailed
 from ..types import Failure, ModelFacts, Sampling
 from .backend import LoadSpec
@@ -86,6 +86,31 @@ def _why(path: str) -> str:
 def _initialise() -> None:
     native.llama_log_set(_log, None)
     native.llama_backend_init()
+
+
+_TILE = 64
+"""From this many rows on, flash attention on a processor sums in tiles, in another order."""
+
+
+def calls(rows: tuple[Row, ...]) -> list[list[Row]]:
+    """Which rows of a step share a `llama_decode`, so that company does not change an answer.
+
+    Sequences that decode share one. A prompt is never mixed with them, and with other prompts
+    only while all together stay below the size at which sums change their order.
+    """
+    decoding = [row for row in rows if len(row.tokens) == 1]
+    shared = [decoding] if decoding else []
+    prompts: list[Row] = []
+    size = 0
+    for row in rows:
+        if len(row.tokens) == 1:
+            continue
+        if prompts and size + len(row.tokens) >= _TILE:
+            shared.append(prompts)
+            prompts, size = [], 0
+        prompts.append(row)
+        size += len(row.tokens)
+    return [*shared, prompts] if prompts else shared
 
 
 class LlamaBackend:
@@ -249,9 +274,12 @@ class LlamaBackend:
             quick.llama_sampler_accept(chain, token)
 
     def step(self, step: Step) -> tuple[Sampled, ...]:
+        return tuple(sampled for rows in calls(step.rows) for sampled in self._decode(rows))
+
+    def _decode(self, rows: list[Row]) -> list[Sampled]:
         at = 0
         asked: list[tuple[int, int]] = []
-        for row in step.rows:
+        for row in rows:
             last = len(row.tokens) - 1
             for offset, token in enumerate(row.tokens):
                 sampled = row.sample and offset == last
@@ -263,7 +291,7 @@ class LlamaBackend:
         code = native.llama_decode(self._context, self._batch)
         if code != 0:
             raise EngineCrashed(f"llama.cpp could not decode this batch (llama_decode: {code})")
-        return tuple(self._sample(slot, index) for slot, index in asked)
+        return [self._sample(slot, index) for slot, index in asked]
 
     def close(self, slot: int) -> None:
         quick.llama_sampler_free(self._samplers.pop(slot))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_cell_magic, magics_class
 from IPython.display import display, update_display
-from traitlets import Float, Int, Unicode
+from traitlets import Bool, Float, Int, Unicode
 
 from ..errors import InvalidValue, ShimmyError
 from .client import Connection, events
@@ -114,6 +114,10 @@ class ShimmyMagics(Magics):
         None, allow_none=True, help="Most tokens to generate. None: the server's default."
     ).tag(config=True)
 
+    stream = Bool(True, help="Show the answer as it is made. False: once, when it is whole.").tag(
+        config=True
+    )
+
     def __init__(self, shell: InteractiveShell, connection: Connection) -> None:
         super().__init__(shell)
         self.connection = connection
@@ -140,7 +144,7 @@ class ShimmyMagics(Magics):
 
     def _ask(self, prompt: str, options: dict[str, Any]) -> None:
         body = self._body(prompt, options)
-        view = _View(rich=hasattr(self.shell, "kernel"))
+        view = _View(rich=hasattr(self.shell, "kernel"), stream=self.stream)
         transport = self.connection.transport()
         try:
             with transport.stream("shimmy/v1/chat/completions", body) as chunks:
@@ -173,8 +177,8 @@ class ShimmyMagics(Magics):
 class _View:
     """One answer on the screen: an output that is updated, or plain text in a terminal."""
 
-    def __init__(self, *, rich: bool) -> None:
-        self._rich = rich
+    def __init__(self, *, rich: bool, stream: bool) -> None:
+        self._rich, self._stream = rich, stream
         self._text = ""
         self._id: str | None = None
         self._pace = Pace()
@@ -182,6 +186,8 @@ class _View:
     def follow(self, items: Iterable[dict[str, Any]]) -> None:
         for text in self._texts(items):
             self._text += text
+            if not self._stream:
+                continue
             if not self._rich:
                 print(clean(text), end="", flush=True)
             elif self._pace.due(time.monotonic()):
@@ -192,7 +198,8 @@ class _View:
             if self._text or note != "failed":
                 self._show(Answer(self._text, note))
         elif self._text:
-            print(f"\n[{note}]")
+            whole = "" if self._stream else clean(self._text)
+            print(f"{whole}\n[{note}]")
 
     def _texts(self, items: Iterable[dict[str, Any]]) -> Iterator[str]:
         reason, last = None, {}

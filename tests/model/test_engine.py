@@ -17,7 +17,9 @@ import pytest
 import random_gguf
 
 from shimmy_jupyter.compose import llama_backend
+from shimmy_jupyter.core.messages import Row
 from shimmy_jupyter.engine.backend import LoadSpec
+from shimmy_jupyter.engine.llama import calls
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import InvalidValue, ModelLoadFailed, ShuttingDown
 from shimmy_jupyter.types import FinishReason, Message, Sampling
@@ -52,8 +54,8 @@ async def test_the_card_beside_the_bundled_model_is_true() -> None:
 
 
 NAMES = (
-    "len json.dumps os.path.join str.split collections.Counter abs sorted dict.get re.sub "
-    "itertools.chain math.sqrt pathlib.Path random.choice shutil.copy textwrap.wrap time.sleep"
+    "len json.dumps os.path.join str.split collections.Counter abs sorted dict.get os.getcwd "
+    "str.upper math.sqrt pathlib.Path random.choice shutil.copy textwrap.wrap time.sleep"
 ).split()
 
 
@@ -65,6 +67,24 @@ async def test_sixteen_at_once_answer_as_each_alone() -> None:
         assert [text for text, _ in together] == [text for text, _ in alone]
         assert [e.usage for _, e in together] == [e.usage for _, e in alone]
         assert max(model.engine.statistics.rows) > 1
+
+
+def test_company_in_a_call() -> None:
+    """Rows that decode share a call; prompts share one only while they stay small together."""
+
+    def row(slot: int, tokens: int) -> Row:
+        return Row(slot, 0, tuple(range(tokens)), sample=True)
+
+    def shared(*sizes: int) -> list[list[int]]:
+        rows = tuple(row(slot, size) for slot, size in enumerate(sizes))
+        return [[len(r.tokens) for r in call] for call in calls(rows)]
+
+    assert shared() == []
+    assert shared(1, 1, 1) == [[1, 1, 1]]
+    assert shared(1, 20, 1, 30, 20) == [[1, 1], [20, 30], [20]]
+    assert shared(63) == [[63]]
+    assert shared(2, 62) == [[2], [62]]
+    assert shared(100, 200) == [[100], [200]]
 
 
 async def test_random_weights_agree_too_in_short_prompts(random_model: Path) -> None:
@@ -111,9 +131,10 @@ class TestSampling:
         async with loaded(random_model) as model:
             forced, _ = await ask(model, "x", 5, replace(GREEDY, logit_bias=((65, 100.0),)))
             assert forced == "AAAAA"
-            greedy, _ = await ask(model, "x", 1)
-            banned = tuple((token, -100.0) for token in range(256) if chr(token) != "B")
-            assert greedy not in (await ask(model, "x", 1, replace(GREEDY, logit_bias=banned)))[0]
+            either = replace(GREEDY, logit_bias=((65, 100.0), (66, 90.0)))
+            assert (await ask(model, "x", 1, either))[0] == "A"
+            banned = replace(GREEDY, logit_bias=((65, -100.0), (66, 90.0)))
+            assert (await ask(model, "x", 1, banned))[0] == "B"
             with pytest.raises(InvalidValue) as caught:
                 model.check_bias(((320, 1.0),))
             assert caught.value.param == "logit_bias"

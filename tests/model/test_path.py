@@ -158,8 +158,14 @@ class TestOpenAI:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**self.ASK, n=2)
         assert caught.value.code == "unsupported_parameter"
-        with pytest.raises(openai.PermissionDeniedError):
-            client.with_options(api_key="wrong").models.list()
+
+    def test_a_wrong_key(self, server: RunningServer) -> None:
+        with (
+            openai.OpenAI(base_url=server.url + "shimmy/v1", api_key="wrong") as stranger,
+            pytest.raises(openai.PermissionDeniedError) as caught,
+        ):
+            stranger.models.list()
+        assert caught.value.code == "policy_denied"
 
     def test_a_stream_that_is_left(self, client: openai.OpenAI) -> None:
         stream = client.chat.completions.create(

@@ -250,6 +250,14 @@ class TestMagics:
         assert body["messages"][0] == {"role": "system", "content": "Be brief."}
         assert body["messages"][1]["content"] == "line 1\nline 2"
 
+    def test_whole_if_wanted(self, shell: InteractiveShell, capsys: Any) -> None:
+        self.load(shell, Scripted("one ", "two"))
+        shell.run_cell("%config ShimmyMagics.stream = False")
+        shell.run_cell("%shimmy What?")
+        assert capsys.readouterr().out.endswith(
+            "one two\n[first · 2 tokens · 5 tokens/s · first token after 12 ms]\n"
+        )
+
     def test_mistakes_raise(self, shell: InteractiveShell, capsys: Any) -> None:
         self.load(shell, Scripted("x"))
         for cell in ("%shimmy", "%%shimmy\n\n", "%%shimmy one two\nhi", "%shimmy --bad 3 x"):
