@@ -19,6 +19,8 @@ _SAFE_LINK = re.compile(r"^(https?://|mailto:)", re.IGNORECASE)
 # Everything that moves a terminal's cursor or turns the direction of text, so that what is read is
 # not what is there: C0 and C1 controls but tab and newline, bidirectional marks and isolates.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Some renderers put what follows a code fence into an attribute as it stands.
+_FENCE_LINE = re.compile(r"^.*(?:`{3}|~{3}).*$", re.MULTILINE)
 # TeX commands by which a formula could link somewhere or style the page.
 _TEX = re.compile(r"\\(?=(?:href|url|html\w*|class|style|cssId|data|require|bbox|unicode)\b)")
 
@@ -64,6 +66,7 @@ def to_inert_markdown(markdown: str) -> str:
     whichever dialect reads it. Code keeps its text, at the cost of `&lt;` for `<`.
     """
     text = clean(markdown).replace("&", "&amp;").replace("<", "&lt;")
+    text = _FENCE_LINE.sub(lambda line: line[0].replace('"', "\u201d").replace("'", "\u2019"), text)
     return re.sub(r"\]\s*(?=[(\[:])", "]\\\\", text)
 
 

@@ -120,6 +120,8 @@ def test_fallback_markdown_begins_no_tag_and_no_link(text: str) -> None:
     assert "<" not in inert
     assert not re.search(r"\]\s*[(\[:]", inert)
     assert not re.search(r"&(?!amp;|lt;)", inert)
+    for line in inert.splitlines():
+        assert not ("```" in line and re.search(r"[\"']", line)), "an attribute could end here"
 
 
 def test_plain_text_is_the_answer() -> None:

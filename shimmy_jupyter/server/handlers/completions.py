@@ -6,7 +6,7 @@ import asyncio
 import importlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from jupyter_server.auth.decorator import authorized
 from tornado import web
@@ -82,10 +82,14 @@ class _Api:
         self.writer: Callable[..., Any] = lambda *args: answers.EventWriter(shape, *args)
         self.body: Callable[..., Any] = lambda *args: answers.body(shape, *args)
 
+    _loaded: ClassVar[dict[bool, _Api]] = {}
+
     @classmethod
     async def load(cls, *, chat: bool) -> _Api:
         """Pydantic takes a fifth of a second to import: on first use, and not on the event loop."""
-        return await asyncio.to_thread(cls, chat=chat)
+        if chat not in cls._loaded:
+            cls._loaded[chat] = await asyncio.to_thread(cls, chat=chat)
+        return cls._loaded[chat]
 
 
 def _header_safe(name: str) -> str:

@@ -1,0 +1,137 @@
+"""The docs are tested: what the code has is described, and what is described exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import shimmy_jupyter
+from shimmy_jupyter import errors
+from shimmy_jupyter.cli import main
+from shimmy_jupyter.config import CONFIGURABLES, ShimmyLimits, settings
+from shimmy_jupyter.notebook.magics import _OPTIONS, ShimmyMagics
+from shimmy_jupyter.server.handlers import ROUTES
+from shimmy_jupyter.server.requests import _Chat, _Completion
+
+ROOT = Path(__file__).parent.parent.parent
+DESIGN = (ROOT / "docs" / "design.md").read_text()
+README = (ROOT / "README.md").read_text()
+CONTRACT = DESIGN[DESIGN.index("## Contract") : DESIGN.index("## Agreed, not there yet")]
+
+
+@pytest.mark.parametrize(
+    ("owner", "trait"),
+    [(cls, name) for cls in CONFIGURABLES for name in cls.class_own_traits(config=True)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_every_setting_with_its_default(owner: type, trait: str) -> None:
+    row = re.search(rf"\| `{owner.__name__}\.{trait}` \| (.+?) \|", CONTRACT)
+    assert row, "not in the table of settings"
+    default = getattr(owner(), trait)
+    if owner is ShimmyLimits:
+        assert row[1].strip('"') == f"{default >> 20}MB"
+    else:
+        assert row[1] == str(default)
+    assert owner.class_own_traits()[trait].help
+
+
+def test_no_setting_is_described_that_is_not_there() -> None:
+    owners = {cls.__name__: cls for cls in (*CONFIGURABLES, ShimmyMagics)}
+    for text in (CONTRACT, README, (ROOT / "docs" / "install.md").read_text()):
+        for owner, trait in re.findall(r"\b(Shimmy[A-Z]\w+)\.(\w+)", text):
+            assert trait in owners[owner].class_traits(config=True), (owner, trait)
+
+
+@pytest.mark.parametrize("trait", sorted(ShimmyMagics.class_own_traits(config=True)))
+def test_settings_of_a_notebook(trait: str) -> None:
+    assert f"`.{trait}`" in CONTRACT or f"`ShimmyMagics.{trait}`" in CONTRACT
+
+
+@pytest.mark.parametrize("cls", errors.all_errors()[1:], ids=lambda cls: cls.code)
+def test_every_code_with_its_status(cls: type[errors.ShimmyError]) -> None:
+    assert f"| `{cls.code}` | {cls.status} |" in CONTRACT
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern, _ in ROUTES[:-1]])
+def test_every_route(pattern: str) -> None:
+    assert pattern.replace("([^/]+)", "{id}") in CONTRACT
+
+
+@pytest.mark.parametrize("field", sorted({*_Chat.model_fields, *_Completion.model_fields}))
+def test_every_field_of_a_request(field: str) -> None:
+    assert re.search(rf"`{field}(\.\w+)?`", CONTRACT)
+
+
+@pytest.mark.parametrize("variable", ["SHIMMY_SERVER_URL", "SHIMMY_KERNEL_TOKEN"])
+def test_environment(variable: str) -> None:
+    assert f"`{variable}`" in CONTRACT
+
+
+def test_commands_and_options() -> None:
+    for command in main.commands:
+        assert f"`{command}`" in DESIGN
+        assert f"shimmy {command}" in README
+    for option in _OPTIONS:
+        assert f"--{option}" in str(ShimmyMagics.shimmy.__doc__)
+
+
+def test_readme_names_targets_and_files_that_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z]+)\b", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for document in (README, DESIGN, (ROOT / "CONTRIBUTING.md").read_text()):
+        for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document):
+            assert (ROOT / path).exists(), path
+
+
+def test_the_layout_is_the_one_that_is_drawn() -> None:
+    drawn = DESIGN[DESIGN.index("```\nshimmy_jupyter/") : DESIGN.index("**Dependency rule**")]
+    package = Path(shimmy_jupyter.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.name != "__init__.py" and "handlers" not in path.parts:
+            assert path.stem in drawn, path
+
+
+def test_one_version_and_one_engine() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["hatch"]["version"]["path"] == "shimmy_jupyter/__init__.py"
+    assert re.search(
+        rf"## {re.escape(shimmy_jupyter.__version__)}\b", (ROOT / "CHANGELOG.md").read_text()
+    )
+    (engine,) = [d for d in project["project"]["dependencies"] if d.startswith("llama-cpp-python")]
+    for name in ("Makefile", "docs/install.md"):
+        assert engine in (ROOT / name).read_text(), name
+
+
+def test_the_notebook_is_saved_without_secrets() -> None:
+    book = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text())
+    assert "token=" not in json.dumps(book)
+
+
+class TestSettings:
+    def test_sizes(self) -> None:
+        from traitlets import TraitError
+        from traitlets.config import Config
+
+        def size(value: object) -> int:
+            config = Config({"ShimmyLimits": {"max_request_size": value}})
+            return settings(config, {}).max_request_bytes
+
+        assert (size("1MB"), size("8 KiB"), size(77), size("1.5M"), size("2g")) == (
+            1 << 20, 8 << 10, 77, 3 << 19, 2 << 30,
+        )  # fmt: skip
+        for bad in ("lots", "-1", 0, "0MB", True, None, -5):
+            with pytest.raises(TraitError, match="max_request_size"):
+                size(bad)
+
+    def test_model_paths(self) -> None:
+        from traitlets.config import Config
+
+        config = Config({"ShimmyModels": {"roots": ["/a"]}})
+        found = settings(config, {"SHIMMY_MODEL_PATHS": "/b::/c"})
+        assert [str(path) for path in found.roots] == ["/a", "/b", "/c"]
+        assert settings(Config(), {}).roots == ()
