@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..core.grouping import calls
 from ..core.messages import OpenSlot, Row, Sampled, Step
 from ..errors import EngineCrashed, ModelLoadFailed
 from ..types import Failure, ModelFacts, Sampling
@@ -86,31 +87,6 @@ def _why(path: str) -> str:
 def _initialise() -> None:
     native.llama_log_set(_log, None)
     native.llama_backend_init()
-
-
-_TILE = 64
-"""From this many rows on, flash attention on a processor sums in tiles, in another order."""
-
-
-def calls(rows: tuple[Row, ...]) -> list[list[Row]]:
-    """Which rows of a step share a `llama_decode`, so that company does not change an answer.
-
-    Sequences that decode share one. A prompt is never mixed with them, and with other prompts
-    only while all together stay below the size at which sums change their order.
-    """
-    decoding = [row for row in rows if len(row.tokens) == 1]
-    shared = [decoding] if decoding else []
-    prompts: list[Row] = []
-    size = 0
-    for row in rows:
-        if len(row.tokens) == 1:
-            continue
-        if prompts and size + len(row.tokens) >= _TILE:
-            shared.append(prompts)
-            prompts, size = [], 0
-        prompts.append(row)
-        size += len(row.tokens)
-    return [*shared, prompts] if prompts else shared
 
 
 class LlamaBackend:

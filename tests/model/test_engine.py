@@ -17,9 +17,7 @@ import pytest
 import random_gguf
 
 from shimmy_jupyter.compose import llama_backend
-from shimmy_jupyter.core.messages import Row
 from shimmy_jupyter.engine.backend import LoadSpec
-from shimmy_jupyter.engine.llama import calls
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import InvalidValue, ModelLoadFailed, ShuttingDown
 from shimmy_jupyter.types import FinishReason, Message, Sampling
@@ -67,24 +65,6 @@ async def test_sixteen_at_once_answer_as_each_alone() -> None:
         assert [text for text, _ in together] == [text for text, _ in alone]
         assert [e.usage for _, e in together] == [e.usage for _, e in alone]
         assert max(model.engine.statistics.rows) > 1
-
-
-def test_company_in_a_call() -> None:
-    """Rows that decode share a call; prompts share one only while they stay small together."""
-
-    def row(slot: int, tokens: int) -> Row:
-        return Row(slot, 0, tuple(range(tokens)), sample=True)
-
-    def shared(*sizes: int) -> list[list[int]]:
-        rows = tuple(row(slot, size) for slot, size in enumerate(sizes))
-        return [[len(r.tokens) for r in call] for call in calls(rows)]
-
-    assert shared() == []
-    assert shared(1, 1, 1) == [[1, 1, 1]]
-    assert shared(1, 20, 1, 30, 20) == [[1, 1], [20, 30], [20]]
-    assert shared(63) == [[63]]
-    assert shared(2, 62) == [[2], [62]]
-    assert shared(100, 200) == [[100], [200]]
 
 
 async def test_random_weights_agree_too_in_short_prompts(random_model: Path) -> None:
