@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import click
+from traitlets import TraitError
 
 from . import __version__
 from .errors import ShimmyError
@@ -76,7 +77,10 @@ class _Local:
         from .compose import LocalTransport
         from .config import load_config, settings
 
-        self._transport = LocalTransport(settings(load_config()))
+        try:
+            self._transport = LocalTransport(settings(load_config()))
+        except TraitError as error:
+            raise click.ClickException(f"in Jupyter's configuration: {error}") from error
         return self._transport
 
     def __exit__(

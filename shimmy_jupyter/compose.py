@@ -4,25 +4,31 @@ command line. The only place that names concrete parts of several rooms at once.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
+import logging
 import queue
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from typing import Any
-
-from anyio.from_thread import start_blocking_portal
+from collections.abc import Coroutine, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from .config import Settings
 from .engine.backend import Backend, LoadSpec
 from .engine.model import LoadedModel
-from .errors import NotFound, ShimmyError
+from .errors import InternalError, NotFound, ShimmyError
 from .models.catalog import ModelFile, discover
 from .models.lifecycle import ModelPool
 from .server import answers
 from .service import CompletionService
 from .types import Principal
+
+T = TypeVar("T")
+
+log = logging.getLogger("shimmy_jupyter")
 
 
 def llama_backend() -> Backend:
@@ -54,34 +60,44 @@ class LocalTransport:
     """The service in this process, for a kernel without a server and for the command line.
 
     Speaks the HTTP API's bodies and events, so that whoever uses it need not know the difference.
+    Its event loop has a thread of its own: the kernel's is busy running the cell.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._service = build_service(settings)
-        self._portal_manager = start_blocking_portal()
-        self._portal = self._portal_manager.__enter__()
+        self._loop = asyncio.new_event_loop()
+        # A daemon, and no executor is needed to close: neither may keep the process from ending.
+        self._thread = threading.Thread(target=self._loop.run_forever, name="shimmy", daemon=True)
+        self._thread.start()
         atexit.register(self.close)
 
     def get(self, path: str) -> dict[str, Any]:
         if path != "shimmy/v1/models":
             raise NotFound(f"there is no {path}")
-        return answers.models(self._portal.call(self._service.models))
+        return answers.models(self._start(self._service.models()).result())
 
     @contextlib.contextmanager
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[Iterable[bytes]]:
         """Events as they are made. Leaving the block cancels the request."""
         pieces: queue.SimpleQueue[bytes | ShimmyError | None] = queue.SimpleQueue()
-        future = self._portal.start_task_soon(self._run, path, body, pieces)
+        future = self._start(self._run(path, body, pieces))
         try:
             yield _until_none(pieces)
         finally:
             future.cancel()
 
     def close(self) -> None:
-        """End what is running and free the models."""
+        """End what is running and free the models. Closing twice is fine."""
         atexit.unregister(self.close)
-        self._portal.call(self._service.close)
-        self._portal_manager.__exit__(None, None, None)
+        if not self._loop.is_running():
+            return
+        self._start(self._service.close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _run(
         self,
@@ -102,6 +118,9 @@ class LocalTransport:
                     pieces.put(piece)
         except ShimmyError as error:
             pieces.put(error)
+        except Exception as defect:
+            log.exception("a request failed in a way that nobody foresaw")
+            pieces.put(InternalError(f"{type(defect).__name__}: {defect}"))
         finally:
             pieces.put(None)
 

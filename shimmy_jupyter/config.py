@@ -126,8 +126,9 @@ def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Set
 
 
 def load_config() -> Config:
-    """The configuration files that a Jupyter server with this extension would read, merged in
-    the same order: by name first, and within a name the user's over the system's.
+    """Jupyter's configuration files for a server with this extension, merged in the same order: by
+    name first, and within a name the user's over the system's. Not from the working directory,
+    which a server reads too: a kernel's is wherever the notebook came from.
     """
     merged = Config()
     for name in ("jupyter_config", "jupyter_server_config", "jupyter_shimmy_jupyter_config"):

@@ -49,12 +49,11 @@ class Health:
         }
 
 
-def _engine_health(loaded: dict[str, LoadedModel]) -> Dependency:
-    failed = [id for id, model in loaded.items() if model.engine.failure is not None]
-    if failed:
-        return Dependency(
-            "engine", "degraded", f"stopped: {', '.join(failed)}", "restart the Jupyter server"
-        )
+def _engine_health(loaded: list[LoadedModel]) -> Dependency:
+    failures = [model.failure.message for model in loaded if model.failure is not None]
+    if failures:
+        again = "the next request loads the model again"
+        return Dependency("engine", "degraded", "; ".join(failures), again)
     if find_spec("llama_cpp") is None:
         return Dependency(
             "engine", "down", "llama-cpp-python is not installed", "pip install llama-cpp-python"
@@ -154,29 +153,29 @@ class CompletionService:
         return Completion(request, len(prompt), stream)
 
     def _room(self, request: CompletionRequest, prompt_tokens: int, facts: ModelFacts) -> int:
-        context = facts.context_size
-        chat = isinstance(request.prompt, tuple) and isinstance(request.prompt[0], Message)
+        """How many tokens to generate. Raises `ContextLengthExceeded` if they cannot all fit."""
+        context, wanted = facts.context_size, request.max_tokens
+        chat = isinstance(next(iter(request.prompt), None), Message)
         param = "messages" if chat else "prompt"
         if prompt_tokens == 0:
             raise InvalidValue("the prompt is empty: there is nothing to continue", param=param)
-        if request.max_tokens is not None and prompt_tokens <= context:
-            over = prompt_tokens + request.max_tokens - context
-            if over <= 0:
-                return request.max_tokens
-            raise ContextLengthExceeded(
-                f"the prompt's {prompt_tokens} tokens and max_tokens {request.max_tokens} are "
-                f"{over} tokens more than this model's context of {context}",
-                param="max_tokens",
-            )
-        # Without max_tokens there must be room for at least one.
-        over = prompt_tokens + (0 if request.max_tokens is not None else 1) - context
+        over = prompt_tokens + (1 if wanted is None else 0) - context
         if over > 0:
             raise ContextLengthExceeded(
                 f"the prompt has {prompt_tokens} tokens: {over} too many for this model's context "
                 f"of {context}",
                 param=param,
             )
-        return min(self.default_max_tokens, context - prompt_tokens)
+        if wanted is None:
+            return min(self.default_max_tokens, context - prompt_tokens)
+        over = prompt_tokens + wanted - context
+        if over > 0:
+            raise ContextLengthExceeded(
+                f"the prompt's {prompt_tokens} tokens and max_tokens {wanted} are {over} tokens "
+                f"more than this model's context of {context}",
+                param="max_tokens",
+            )
+        return wanted
 
     async def models(self) -> list[ModelStatus]:
         return await self.pool.status()
@@ -194,7 +193,7 @@ class CompletionService:
     @property
     def active(self) -> int:
         """Requests queued or running, of all models."""
-        return sum(model.active for model in self.pool.loaded().values())
+        return sum(model.active for model in self.pool.loaded())
 
     async def close(self) -> None:
         await self.pool.close()

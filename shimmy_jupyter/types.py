@@ -118,15 +118,15 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a loaded model says of itself; `context_size` and `kv_tokens` are in tokens."""
+    """What a loaded model says of itself; context and KV sizes are in tokens."""
 
     architecture: str
     description: str
     parameters: int
     size_bytes: int
-    context_train: int
     context_size: int
     kv_tokens: int
     vocabulary: int
     chat_template: str | None
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    special: Mapping[str, str] = field(default_factory=dict)
+    """The text of special tokens that chat templates name: `bos_token`, `eos_token`."""

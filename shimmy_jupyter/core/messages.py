@@ -94,7 +94,7 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class StepFailed:
-    """The step decoded nothing. `failure` goes to every sequence that was in it."""
+    """The step failed, in whole or in part. `failure` goes to every sequence that was in it."""
 
     failure: Failure
 

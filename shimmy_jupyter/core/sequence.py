@@ -19,7 +19,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from ..types import Sampling, Timings, Usage
@@ -49,14 +49,14 @@ class Sequence:
     state: State = State.QUEUED
     slot: int = -1
     cached: int = 0
-    """Prompt tokens whose KV is in the cache, or will be when the step in progress returns."""
+    """Tokens, prompt's and answer's, whose KV is in the cache."""
     generated: int = 0
     last_token: int = -1
     admitted_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     in_step: bool = False
-    reader_full: bool = field(default=False)
+    reader_full: bool = False
 
     @property
     def reserved(self) -> int:

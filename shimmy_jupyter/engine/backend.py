@@ -1,8 +1,7 @@
 """What a backend is: something that decodes rows. Calls and results are plain messages.
 
-`load` and `unload` bracket a backend's life; `open`, `step` and `close` are called by one thread
-only. `tokenize`, `piece` and the vocabulary's facts do not change after `load` and may be called
-from another thread until `unload` begins.
+One thread calls `load`, then `open`, `step` and `close`, and at last `unload`. Another may call
+`tokenize` meanwhile, as the vocabulary does not change; after `unload` it raises.
 """
 
 from __future__ import annotations
@@ -41,10 +40,6 @@ class Backend(Protocol):
 
     def tokenize(self, text: str) -> tuple[int, ...]:
         """Token ids of a whole prompt, special tokens recognised, the model's BOS in front once."""
-        ...
-
-    def special_text(self) -> dict[str, str]:
-        """The text of special tokens that chat templates name: `bos_token`, `eos_token`."""
         ...
 
     def open(self, slot: OpenSlot) -> None: ...

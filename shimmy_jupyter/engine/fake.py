@@ -58,7 +58,6 @@ class FakeBackend:
             description="a scripted backend",
             parameters=0,
             size_bytes=0,
-            context_train=context,
             context_size=context,
             kv_tokens=spec.kv_tokens or 16 * context,
             vocabulary=_FIRST_PIECE,
@@ -71,9 +70,6 @@ class FakeBackend:
 
     def tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
-
-    def special_text(self) -> dict[str, str]:
-        return {"bos_token": "", "eos_token": ""}
 
     def open(self, slot: OpenSlot) -> None:
         self.open_slots[slot.slot] = []

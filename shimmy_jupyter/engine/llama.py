@@ -153,12 +153,14 @@ class LlamaBackend:
             description=self._description(),
             parameters=quick.llama_model_n_params(self._model),
             size_bytes=quick.llama_model_size(self._model),
-            context_train=quick.llama_model_n_ctx_train(self._model),
             context_size=context_size,
             kv_tokens=kv_tokens,
             vocabulary=self._vocabulary_size,
             chat_template=self._chat_template(),
-            metadata=metadata,
+            special={
+                "bos_token": self._token_text(quick.llama_vocab_bos(self._vocabulary)),
+                "eos_token": self._token_text(quick.llama_vocab_eos(self._vocabulary)),
+            },
         )
 
     def _sizes(self, spec: LoadSpec) -> tuple[int, int]:
@@ -236,13 +238,6 @@ class LlamaBackend:
             if quick.llama_vocab_get_add_bos(self._vocabulary) and found[:1] != (bos,):
                 return (bos, *found)
             return found
-
-    def special_text(self) -> dict[str, str]:
-        with self._in_use:
-            return {
-                "bos_token": self._token_text(quick.llama_vocab_bos(self._vocabulary)),
-                "eos_token": self._token_text(quick.llama_vocab_eos(self._vocabulary)),
-            }
 
     def open(self, slot: OpenSlot) -> None:
         self._samplers[slot.slot] = chain = sampler_chain(slot.sampling, self._vocabulary_size)
@@ -376,10 +371,3 @@ def _available_memory() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
-
-
-def build() -> str:
-    """The binding's version, for the ledger and for bug reports."""
-    import llama_cpp
-
-    return f"llama-cpp-python {llama_cpp.__version__}"

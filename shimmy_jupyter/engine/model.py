@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from ..errors import InvalidValue
-from ..types import Message, ModelFacts, Prompt, Sampling
+from ..errors import InvalidValue, ModelLoadFailed, ShuttingDown
+from ..types import Failure, Message, ModelFacts, Prompt, Sampling
 from .backend import Backend, LoadSpec
 from .stream import TokenStream
 from .template import ChatTemplate
 from .worker import Engine
+
+log = logging.getLogger("shimmy_jupyter.engine")
 
 
 class LoadedModel:
@@ -25,6 +28,7 @@ class LoadedModel:
         self.facts = facts
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="shimmy-text")
         self._template: ChatTemplate | None = None
+        self._closed = False
 
     @classmethod
     async def load(
@@ -37,12 +41,18 @@ class LoadedModel:
     ) -> LoadedModel:
         """Load on the engine's own thread. Raises `ModelLoadFailed`."""
         # The factory imports the native library, which takes a while: not on the event loop.
-        made = await asyncio.to_thread(backend)
+        try:
+            made = await asyncio.to_thread(backend)
+        except (ImportError, OSError, RuntimeError) as error:
+            log.exception("llama-cpp-python does not load")
+            raise ModelLoadFailed(f"llama-cpp-python does not load here: {error}") from error
         engine = Engine(made, spec, queue_size=queue_size, stream_capacity=stream_capacity)
         return cls(engine, await engine.start())
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's exact tokens. Raises `InvalidValue` where they cannot be had."""
+        if self._closed:
+            raise ShuttingDown("the model is being unloaded")
         return await asyncio.get_running_loop().run_in_executor(self._texts, self._encode, prompt)
 
     def submit(
@@ -60,14 +70,20 @@ class LoadedModel:
         return self.engine.active
 
     async def close(self) -> None:
-        """End its sequences and free the model."""
+        """End its sequences and free the model. What is being tokenized is waited for."""
+        self._closed = True
         await self.engine.stop()
         self._texts.shutdown(wait=False)
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why its engine ended, if it has."""
+        return self.engine.failure
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return self.engine.backend.tokenize(prompt)
-        if isinstance(prompt[0], Message):
+        if prompt and isinstance(prompt[0], Message):
             messages = tuple(turn for turn in prompt if isinstance(turn, Message))
             return self.engine.backend.tokenize(self._compiled().render(messages))
         tokens = tuple(token for token in prompt if isinstance(token, int))
@@ -93,5 +109,5 @@ class LoadedModel:
                     "this model's file has no chat template; use completions with a plain prompt",
                     param="messages",
                 )
-            self._template = ChatTemplate(source, self.engine.backend.special_text())
+            self._template = ChatTemplate(source, dict(self.facts.special))
         return self._template

@@ -17,13 +17,15 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from ..errors import from_failure
-from ..types import Ended, FinishReason
+from ..types import Ended
 
 
 class Upstream(Protocol):
-    """The engine, as a stream sees it. Both may be called from any thread."""
+    """The engine, as a stream sees it. May be called from any thread; queues and returns."""
 
     def cancel(self, id: int) -> None: ...
+
+    def reader_full(self, id: int) -> None: ...
 
     def reader_ready(self, id: int) -> None: ...
 
@@ -54,15 +56,18 @@ class TokenStream:
         self._paused = False
         self._pauses = 0
 
-    def count_sent(self) -> bool:
-        """Count a piece, on the engine's thread. True if the sequence must pause now."""
+    def count_sent(self) -> None:
+        """Count a piece, on the engine's thread; pauses the sequence when that fills the stream.
+
+        Full and ready are queued under the lock: in the other order the sequence would wait for
+        a reader that has been and gone.
+        """
         with self._lock:
             self._outstanding += 1
-            if self._paused or self._outstanding < self.capacity:
-                return False
-            self._paused = True
-            self._pauses += 1
-            return True
+            if not self._paused and self._outstanding >= self.capacity:
+                self._paused = True
+                self._pauses += 1
+                self._upstream.reader_full(self.id)
 
     def deliver(self, item: str | Ended) -> None:
         """Take what the engine sent, on the loop."""
@@ -86,8 +91,7 @@ class TokenStream:
                 self._waiter = None
         texts = list(self._unread)
         self._unread.clear()
-        if self._count_read(len(texts)) and self.ended is None and not self._closed:
-            self._upstream.reader_ready(self.id)
+        self._count_read(len(texts))
         if not texts and self.ended is not None and self.ended.failure is not None:
             raise from_failure(self.ended.failure)
         return texts
@@ -108,10 +112,6 @@ class TokenStream:
         if self.ended is None:
             self._upstream.cancel(self.id)
 
-    @property
-    def cancelled(self) -> bool:
-        return self.ended is not None and self.ended.reason is FinishReason.CANCELLED
-
     def statistics(self) -> StreamStatistics:
         return StreamStatistics(
             len(self._unread), self.capacity, self._pauses, self.ended is not None, self._closed
@@ -128,8 +128,9 @@ class TokenStream:
     ) -> None:
         self.close()
 
-    def _count_read(self, pieces: int) -> bool:
+    def _count_read(self, pieces: int) -> None:
         with self._lock:
             self._outstanding -= pieces
-            paused, self._paused = self._paused, False
-            return paused
+            if self._paused:
+                self._paused = False
+                self._upstream.reader_ready(self.id)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_round
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -31,6 +32,9 @@ MAX_STEPS = 400_000
 """Budget of one render: one a step, and one more for every 64 characters or elements touched."""
 MAX_SIZE = 16 * 1024 * 1024
 """Characters of a text, or elements of a list, that a template may make."""
+
+MAX_BITS = 4096
+"""Of a number: what is multiplied again and again grows without end."""
 
 _METHODS = {
     str: frozenset(
@@ -179,7 +183,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             _check_format(left)
             charged_deep(right)
         charged(left)
-        return charged(super().call_binop(context, operator, left, right))
+        result = super().call_binop(context, operator, left, right)
+        if isinstance(result, int) and result.bit_length() > MAX_BITS:
+            raise _Runaway("it computes too large a number")
+        return charged(result)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if not super().is_safe_attribute(obj, attr, value):
@@ -226,8 +233,6 @@ def _check_product(left: Any, right: Any) -> None:
         repeats = isinstance(text, str | list | tuple) and isinstance(times, int)
         if repeats and len(text) * max(0, times) > MAX_SIZE:
             raise _Runaway("it repeats a text too often")
-    if all(isinstance(n, int) and abs(n) > 2**63 for n in (left, right)):
-        raise _Runaway("it computes too large a number")
 
 
 def _check_format(text: str) -> None:
@@ -280,6 +285,12 @@ def _join(values: Iterable[Any], d: str = "", attribute: str | None = None) -> s
     return str(d).join(str(part) for part in parts)
 
 
+def _round(value: float, precision: int = 0, method: str = "common") -> float:
+    if abs(precision) > 20:
+        raise _Runaway("it rounds to too many places")
+    return do_round(value, precision, method)  # type: ignore[arg-type]
+
+
 def _indent(text: object, width: int = 4, first: bool = False, blank: bool = False) -> str:
     if not 0 <= width <= 64:
         raise _Runaway("it indents too far")
@@ -325,7 +336,7 @@ def _environment() -> _Environment:
         cache_size=0,
     )
     own = {"replace": _replace, "join": _join, "format": _format}
-    own |= {"tojson": _tojson, "indent": _indent}
+    own |= {"tojson": _tojson, "indent": _indent, "round": _round}
     filters: dict[str, Any] = {name: env.filters[name] for name in _FILTERS} | own
     env.filters = {name: _metered(name, function) for name, function in filters.items()}
     tests: dict[str, Any] = dict(env.tests)

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 
 from ..core import messages as m
 from ..core.scheduler import Scheduler
-from ..errors import EngineCrashed, QueueFull, ShimmyError, from_failure
-from ..types import Ended, Failure, ModelFacts, Sampling
+from ..errors import EngineCrashed, ModelLoadFailed, QueueFull, ShimmyError, from_failure
+from ..types import Ended, Failure, FinishReason, ModelFacts, Sampling, Timings, Usage
 from .backend import Backend, LoadSpec
 from .stream import TokenStream
 
@@ -63,7 +63,10 @@ class Engine:
         self._streams: dict[int, TokenStream] = {}
         self._outbox: list[_Delivery] = []
         self._facts: Future[ModelFacts] = Future()
-        self._scheduler: Scheduler | None = None
+        self._freed: Future[None] = Future()
+        self._gate = threading.Lock()
+        """Between a submission's check of `failure` and its queueing, `failure` must not appear."""
+        self.scheduler: Scheduler
         self._thread = threading.Thread(target=self._run, name="shimmy-engine", daemon=True)
 
     # For any thread
@@ -72,10 +75,6 @@ class Engine:
         """Load the model on the engine's thread. Raises `ModelLoadFailed`."""
         self._thread.start()
         return await asyncio.wrap_future(self._facts)
-
-    @property
-    def facts(self) -> ModelFacts:
-        return self._facts.result(timeout=0)
 
     @property
     def active(self) -> int:
@@ -91,17 +90,21 @@ class Engine:
         stop: tuple[str, ...] = (),
     ) -> TokenStream:
         """Queue a prompt that is known to fit. Raises `QueueFull`, or what ended the engine."""
-        if self.failure is not None:
-            raise from_failure(self.failure)
-        if len(self._streams) >= self.spec.slots + self._queue_size:
-            raise QueueFull(f"{len(self._streams)} requests are open already; try again later")
-        stream = TokenStream(next(self._ids), self._stream_capacity, self)
-        self._streams[stream.id] = stream
-        self._inbox.put(m.Submitted(stream.id, principal, prompt, max_tokens, sampling, stop))
+        with self._gate:
+            if self.failure is not None:
+                raise from_failure(self.failure)
+            if len(self._streams) >= self.spec.slots + self._queue_size:
+                raise QueueFull(f"{len(self._streams)} requests are open already; try again later")
+            stream = TokenStream(next(self._ids), self._stream_capacity, self)
+            self._streams[stream.id] = stream
+            self._inbox.put(m.Submitted(stream.id, principal, prompt, max_tokens, sampling, stop))
         return stream
 
     def cancel(self, id: int) -> None:
         self._inbox.put(m.CancelRequested(id))
+
+    def reader_full(self, id: int) -> None:
+        self._inbox.put(m.ReaderFull(id))
 
     def reader_ready(self, id: int) -> None:
         self._inbox.put(m.ReaderReady(id))
@@ -111,21 +114,29 @@ class Engine:
         if self._thread.ident is None:
             return
         self._inbox.put(m.Halted(_STOPPED))
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.wrap_future(self._freed)
 
     # The engine's thread
 
     def _run(self) -> None:
+        self._facts.set_running_or_notify_cancel()  # whoever waits may go; the load goes on
+        self._freed.set_running_or_notify_cancel()
+        try:
+            if self._load():
+                self._finish(self._serve_until_it_ends())
+        finally:
+            self._free()
+
+    def _load(self) -> bool:
         try:
             facts = self.backend.load(self.spec)
         except ShimmyError as error:
             self._facts.set_exception(error)
-            return
-        except Exception as defect:
+            return False
+        except Exception:
             log.exception("loading failed in a way that nobody foresaw")
-            self._facts.set_exception(EngineCrashed("the engine failed while loading the model"))
-            self.failure = Failure("engine_crashed", str(defect))
-            return
+            self._facts.set_exception(ModelLoadFailed("loading it failed; see the server's log"))
+            return False
         capacity = m.Capacity(
             slots=self.spec.slots,
             kv_tokens=facts.kv_tokens,
@@ -133,22 +144,23 @@ class Engine:
             batch_tokens=self.spec.batch_tokens,
             queue=self._queue_size,
         )
-        self._scheduler = scheduler = Scheduler(capacity)
+        self.scheduler = Scheduler(capacity)
         self._facts.set_result(facts)
+        return True
+
+    def _serve_until_it_ends(self) -> Failure:
         try:
-            self._serve(scheduler)
+            return self._serve(self.scheduler)
         except Exception:
             log.exception("the engine's thread failed; its sequences end with engine_crashed")
-            self._halt(scheduler, Failure("engine_crashed", "the engine failed; see the log"))
-        finally:
-            self.backend.unload()
+            return Failure("engine_crashed", "the engine failed; the server's log says how")
 
-    def _serve(self, scheduler: Scheduler) -> None:
+    def _serve(self, scheduler: Scheduler) -> Failure:
         idle = True
         while True:
             for event in self._events(wait=idle):
                 if isinstance(event, m.Halted):
-                    return self._halt(scheduler, event.failure)
+                    return event.failure
                 self._carry_out(scheduler.handle(event, self._clock()))
             step = self._carry_out(scheduler.handle(m.EngineReady(), self._clock()))
             self._flush()
@@ -167,6 +179,7 @@ class Engine:
         try:
             sampled = self.backend.step(step)
         except EngineCrashed as error:
+            log.warning("a step of %d sequences failed: %s", len(step.rows), error.message)
             return m.StepFailed(Failure(error.code, error.message))
         self.statistics.steps += 1
         self.statistics.tokens += len(sampled)
@@ -176,11 +189,8 @@ class Engine:
     def _carry_out(self, instructions: list[m.Instruction]) -> m.Step | None:
         for instruction in instructions:
             match instruction:
-                case m.Emit():
-                    self._emit(instruction)
-                case m.Finish():
-                    stream = self._streams.pop(instruction.id)
-                    self._outbox.append((stream, instruction.ended))
+                case m.Emit() | m.Finish():
+                    self._send(instruction)
                 case m.OpenSlot():
                     self.backend.open(instruction)
                 case m.CloseSlot():
@@ -189,19 +199,35 @@ class Engine:
                     return instruction
         return None
 
-    def _emit(self, emit: m.Emit) -> None:
-        stream = self._streams[emit.id]
-        self._outbox.append((stream, emit.text))
-        if stream.count_sent():
-            self._inbox.put(m.ReaderFull(emit.id))
+    def _send(self, instruction: m.Emit | m.Finish) -> None:
+        if isinstance(instruction, m.Finish):
+            self._outbox.append((self._streams.pop(instruction.id), instruction.ended))
+        else:
+            stream = self._streams[instruction.id]
+            self._outbox.append((stream, instruction.text))
+            stream.count_sent()
 
-    def _halt(self, scheduler: Scheduler, failure: Failure) -> None:
-        self.failure = failure
-        self._carry_out(scheduler.handle(m.Halted(failure), self._clock()))
-        # A submission may have passed the check on `failure` just before it was set.
-        for event in self._events(wait=False):
-            self._carry_out(scheduler.handle(event, self._clock()))
+    def _finish(self, failure: Failure) -> None:
+        """Tell everybody. Native slots are left to `unload`: what failed may have been one."""
+        with self._gate:
+            self.failure = failure
+        events = [m.Halted(failure), *self._events(wait=False)]
+        for event in events:
+            for instruction in self.scheduler.handle(event, self._clock()):
+                if isinstance(instruction, m.Emit | m.Finish):
+                    self._send(instruction)
+        # Those whose last word was lost with the failure.
+        nothing = Timings(0.0, None, None)
+        for id in list(self._streams):
+            ended = Ended(FinishReason.ERROR, Usage(0, 0), nothing, failure)
+            self._send(m.Finish(id, ended))
         self._flush()
+
+    def _free(self) -> None:
+        try:
+            self.backend.unload()
+        finally:
+            self._freed.set_result(None)
 
     def _flush(self) -> None:
         if not self._outbox:

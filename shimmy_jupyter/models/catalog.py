@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,16 +43,20 @@ def discover(roots: Iterable[Path]) -> list[ModelFile]:
             if resolved in seen or not resolved.is_relative_to(resolved_root):
                 continue
             shard = _LATER_SHARD.search(path.stem)
-            if not resolved.is_file() or (shard and shard[1] != "00001"):
+            if shard and shard[1] != "00001":
                 continue
-            seen.add(resolved)
-            found.append(_entry(_name(path, resolved, taken), resolved))
-    found.append(_entry(SELF_TEST, _BUNDLED, bundled=True))
+            try:
+                status = resolved.stat()
+            except OSError:  # gone since it was listed, or not ours to look at
+                continue
+            if stat.S_ISREG(status.st_mode):
+                seen.add(resolved)
+                found.append(_entry(_name(path, resolved, taken), resolved, status))
+    found.append(_entry(SELF_TEST, _BUNDLED, _BUNDLED.stat(), bundled=True))
     return found
 
 
-def _entry(id: str, path: Path, *, bundled: bool = False) -> ModelFile:
-    status = path.stat()
+def _entry(id: str, path: Path, status: os.stat_result, *, bundled: bool = False) -> ModelFile:
     return ModelFile(id, path, status.st_size, int(status.st_mtime), bundled)
 
 

@@ -8,16 +8,21 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from ..errors import ModelLoadFailed, ModelNotFound, ShimmyError, ShuttingDown
+from ..types import Failure
 from .catalog import ModelFile
 
 log = logging.getLogger("shimmy_jupyter.models")
 
 
 class Resident(Protocol):
-    """What a loader gives back."""
+    """What a loader gives back. `failure` says why it can answer no more, if so."""
+
+    @property
+    def failure(self) -> Failure | None: ...
 
     async def close(self) -> None: ...
 
@@ -35,7 +40,7 @@ M = TypeVar("M", bound=Resident)
 
 
 class ModelPool(Generic[M]):
-    """Loads each model once, on first use, and keeps it until `close`."""
+    """Loads each file once, on first use, and keeps it until `close` or until it fails."""
 
     def __init__(
         self,
@@ -45,8 +50,9 @@ class ModelPool(Generic[M]):
         self._catalog = catalog
         self._loader = loader
         self._files: dict[str, ModelFile] | None = None
-        self._loads: dict[str, asyncio.Task[M]] = {}
-        self._errors: dict[str, str] = {}
+        # By path and not by id: a file that takes over a name is another model.
+        self._loads: dict[Path, asyncio.Task[M]] = {}
+        self._errors: dict[Path, str] = {}
         self._closed = False
 
     async def files(self) -> dict[str, ModelFile]:
@@ -68,45 +74,60 @@ class ModelPool(Generic[M]):
     async def get(self, id: str) -> M:
         """The loaded model. Raises `ModelNotFound` or `ModelLoadFailed`.
 
-        A caller that gives up does not stop the load that others may be waiting for.
+        A caller that gives up does not stop the load that others may be waiting for. A model
+        whose engine has failed is loaded again.
         """
         file = await self.find(id)
         if self._closed:
             raise ShuttingDown("the server is shutting down")
-        task = self._loads.get(id)
+        await self._drop_failed(file.path)
+        task = self._loads.get(file.path)
         if task is None:
-            task = self._loads[id] = asyncio.create_task(self._load(file))
+            task = self._loads[file.path] = asyncio.create_task(self._load(file))
         return await asyncio.shield(task)
 
     async def _load(self, file: ModelFile) -> M:
         log.info("loading model %s", file.id)
+        self._errors.pop(file.path, None)
         try:
-            model = await self._loader(file)
+            return await self._loader(file)
         except ShimmyError as error:
-            self._errors[file.id] = error.message
-            del self._loads[file.id]
+            self._errors[file.path] = error.message
+            del self._loads[file.path]
             raise ModelLoadFailed(f"{file.id}: {error.message}") from error
         except BaseException:
-            del self._loads[file.id]
+            del self._loads[file.path]
             raise
-        self._errors.pop(file.id, None)
-        return model
 
-    def loaded(self) -> dict[str, M]:
-        return {
-            id: task.result()
-            for id, task in self._loads.items()
-            if task.done() and not task.cancelled() and task.exception() is None
-        }
+    async def _drop_failed(self, path: Path) -> None:
+        model = self._resident(path)
+        if model is not None and model.failure is not None:
+            log.warning("loading a model again whose engine had ended: %s", model.failure.message)
+            del self._loads[path]
+            await model.close()
+
+    def _resident(self, path: Path) -> M | None:
+        task = self._loads.get(path)
+        if task is None or not task.done() or task.cancelled() or task.exception():
+            return None
+        return task.result()
+
+    def loaded(self) -> list[M]:
+        return [model for path in self._loads if (model := self._resident(path)) is not None]
 
     async def status(self) -> list[ModelStatus]:
         return [self.status_of(file) for file in (await self.files()).values()]
 
     def status_of(self, file: ModelFile) -> ModelStatus:
-        task = self._loads.get(file.id)
-        if task is not None:
-            return ModelStatus(file, "loaded" if task.done() else "loading")
-        error = self._errors.get(file.id)
+        model = self._resident(file.path)
+        if model is not None:
+            failure = model.failure
+            if failure is None:
+                return ModelStatus(file, "loaded")
+            return ModelStatus(file, "failed", failure.message)
+        if file.path in self._loads:
+            return ModelStatus(file, "loading")
+        error = self._errors.get(file.path)
         return ModelStatus(file, "failed" if error else "available", error)
 
     async def close(self) -> None:

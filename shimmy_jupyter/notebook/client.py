@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -34,6 +35,10 @@ class Server:
     socket: str | None = None
 
 
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}  # noqa: S104
+"""Where to ask a server that listens on every address; tornado's `::` does not include IPv4."""
+
+
 def find_server(
     server_url: str | None, kernel_token: str | None, server_pid: int | None, runtime_dir: Path
 ) -> Server | None:
@@ -54,9 +59,10 @@ def find_server(
     except (OSError, ValueError) as error:
         raise ServerUnreachable(f"the server's record {record.name} is unreadable") from error
     url = str(info["url"])
-    if info.get("hostname") in ("0.0.0.0", "::", "*", ""):  # noqa: S104  it listens everywhere
+    here = _EVERYWHERE.get(info.get("hostname"))
+    if here is not None:
         scheme = "https" if info.get("secure") else "http"
-        url = f"{scheme}://127.0.0.1:{info['port']}{info['base_url']}"
+        url = f"{scheme}://{here}:{info['port']}{info['base_url']}"
     return Server(url, str(info.get("token") or kernel_token or ""), info.get("sock") or None)
 
 
@@ -71,6 +77,8 @@ class HttpTransport:
             headers={"Authorization": f"token {server.token}"} if server.token else {},
             timeout=httpx.Timeout(10.0, read=None),
             trust_env=False,
+            # The system's certificates, and what SSL_CERT_FILE names, as for other programs.
+            verify=ssl.create_default_context() if server.url.startswith("https") else True,
             **uds,  # type: ignore[arg-type]
         )
 
@@ -86,7 +94,7 @@ class HttpTransport:
             if response.status_code != httpx.codes.OK:
                 response.read()
             self._check(response)
-            yield response.iter_raw()
+            yield response.iter_bytes()
 
     def _check(self, response: httpx.Response) -> None:
         if response.status_code == httpx.codes.OK:
@@ -104,8 +112,11 @@ class HttpTransport:
         try:
             yield
         except httpx.TransportError as error:
+            reason = type(error).__name__
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                reason = "its certificate is not trusted here: name the authority in SSL_CERT_FILE"
             raise ServerUnreachable(
-                f"this kernel's Jupyter server did not answer ({type(error).__name__})"
+                f"this kernel's Jupyter server did not answer ({reason})"
             ) from error
 
 

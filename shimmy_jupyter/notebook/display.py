@@ -62,10 +62,11 @@ def to_html(markdown: str) -> str:
 
 
 def to_inert_markdown(markdown: str) -> str:
-    """For front ends that show Markdown and no HTML: no tag, link or image can begin in it,
-    whichever dialect reads it. Code keeps its text, at the cost of `&lt;` for `<`.
+    """For front ends that show Markdown and no HTML: no tag, no image and no link with a text of
+    its own can begin in it, whichever dialect reads it (a bare address may be made a link of).
+    Code keeps its text, at the cost of `&lt;` for `<`.
     """
-    text = clean(markdown).replace("&", "&amp;").replace("<", "&lt;")
+    text = _TEX.sub("\\\\\u200b", clean(markdown)).replace("&", "&amp;").replace("<", "&lt;")
     text = _FENCE_LINE.sub(lambda line: line[0].replace('"', "\u201d").replace("'", "\u2019"), text)
     return re.sub(r"\]\s*(?=[(\[:])", "]\\\\", text)
 

@@ -82,21 +82,26 @@ def parse_cell_line(line: str) -> dict[str, Any]:
     return {**options, **more, "model": model}
 
 
-_ASKED = re.compile(r"^%shimmy\s+(\S.*\?)\s*$")
+_ASKED = re.compile(r"^(\s*)%shimmy\s+(\S.*\?)\s*$")
 
 
 def questions_are_not_help(lines: list[str]) -> list[str]:
     """IPython reads `%shimmy What does len do?` as a wish for help on `do`. An input transformer,
-    which takes and returns a cell's lines.
+    which takes and returns a cell's lines; it leaves other cells' magics and texts alone.
     """
-    if lines and lines[0].startswith("%%"):
+    if not lines or lines[0].startswith("%%"):
         return lines
-    return [
-        f"get_ipython().run_line_magic('shimmy', {match[1]!r})\n"
-        if (match := _ASKED.match(line))
-        else line
-        for line in lines
-    ]
+    changed = []
+    inside = ""
+    for line in lines:
+        match = None if inside else _ASKED.match(line)
+        if match:
+            changed.append(f"{match[1]}get_ipython().run_line_magic('shimmy', {match[2]!r})\n")
+            continue
+        changed.append(line)
+        for quotes in re.findall(r'"""|\'\'\'', line):
+            inside = "" if inside == quotes else inside or quotes
+    return changed
 
 
 @magics_class

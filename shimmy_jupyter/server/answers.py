@@ -116,15 +116,20 @@ class EventWriter:
         self._before, self._after = before, after
 
     async def events(self, completion: Completion) -> AsyncIterator[bytes]:
-        """Everything to send, some events at a time. An error that ends it is its last event."""
-        try:
-            data = self._opening()
-            while texts := await completion.read():
-                yield data + self._texts(texts)
-                data = b""
-            yield data + self._closing(completion.ended)
-        except ShimmyError as error:
-            yield event(error.to_json(self._parsed.request.request_id))
+        """Everything to send, some events at a time. An error before the first is raised; a later
+        one is the last event.
+        """
+        data = self._opening()
+        texts = await completion.read()
+        while texts:
+            yield data + self._texts(texts)
+            data = b""
+            try:
+                texts = await completion.read()
+            except ShimmyError as error:
+                yield event(error.to_json(self._parsed.request.request_id))
+                return
+        yield data + self._closing(completion.ended)
 
     def _opening(self) -> bytes:
         if not self._shape.chat:

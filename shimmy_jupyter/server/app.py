@@ -44,7 +44,8 @@ class ShimmyApp(ExtensionApp):
         os.environ.pop("SHIMMY_KERNEL_TOKEN", None)
         if identity.auth_enabled and not identity.token and hasattr(identity, "hashed_password"):
             secret = secrets.token_urlsafe(32)
-            self.settings["shimmy_kernel_secret"] = secret
+            # The handlers' settings; the extension's own were copied there before this.
+            self.serverapp.web_app.settings["shimmy_kernel_secret"] = secret
             os.environ["SHIMMY_KERNEL_TOKEN"] = secret
 
     def current_activity(self) -> int:
@@ -52,6 +53,7 @@ class ShimmyApp(ExtensionApp):
         return self.service.active
 
     async def stop_extension(self) -> None:
-        if self.settings.pop("shimmy_kernel_secret", None):
+        assert self.serverapp is not None
+        if self.serverapp.web_app.settings.pop("shimmy_kernel_secret", None):
             os.environ.pop("SHIMMY_KERNEL_TOKEN", None)
         await self.service.close()

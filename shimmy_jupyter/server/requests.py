@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from ..errors import InvalidValue, UnsupportedParameter
 from ..types import CompletionRequest, Message, Principal, Prompt, Sampling
@@ -80,7 +81,7 @@ class _Part(_Body):
 
 class _Message(_Body):
     role: Name
-    content: Text | list[_Part] | None = None
+    content: Text | Annotated[list[_Part], Field(max_length=1000, fail_fast=True)] | None = None
     name: Name | None = None
 
 
@@ -103,16 +104,32 @@ class _Common(_Body):
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
 
 
 class _Chat(_Common):
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[_Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_completion_tokens: Tokens | None = None
 
 
+def _prompt(value: Any) -> Prompt:
+    """By hand: pydantic tries every branch of a union on every element before it gives up."""
+    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], int):
+        value = value[0]
+    if isinstance(value, str):
+        return _unicode(value)
+    if not isinstance(value, list):
+        raise ValueError("a prompt is a text, or a list of token ids")  # noqa: TRY004  pydantic's
+    if len(value) > 1 and isinstance(value[0], str | list):
+        raise ValueError("one prompt in a request, please")
+    wrong = next((v for v in value if type(v) is not int or not 0 <= v <= _LIMIT), None)
+    if wrong is not None:
+        raise ValueError(f"{str(wrong)[:20]!r} is not a token id")
+    return tuple(value)
+
+
 class _Completion(_Common):
-    prompt: Text | list[int] | list[Text] | list[list[int]]
+    prompt: Annotated[Any, PlainValidator(_prompt)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +159,7 @@ def parse_chat(body: bytes | dict[str, Any], request_id: str, principal: Princip
 def parse_completion(body: bytes | dict[str, Any], request_id: str, principal: Principal) -> Parsed:
     """Raises `InvalidValue` or `UnsupportedParameter`, naming the field."""
     completion = _validated(_Completion, body)
-    prompt = _prompt(completion.prompt)
-    return _parsed(completion, prompt, completion.max_tokens, request_id, principal)
+    return _parsed(completion, completion.prompt, completion.max_tokens, request_id, principal)
 
 
 def _validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
@@ -204,19 +220,6 @@ def _part(part: _Part, path: str) -> str:
     return part.text
 
 
-def _prompt(prompt: str | list[int] | list[str] | list[list[int]]) -> Prompt:
-    if isinstance(prompt, str):
-        return prompt
-    if not prompt:
-        raise InvalidValue("the prompt is empty: there is nothing to continue", param="prompt")
-    first = prompt[0]
-    if isinstance(first, int):
-        return tuple(token for token in prompt if isinstance(token, int))
-    if len(prompt) > 1:
-        raise UnsupportedParameter("one prompt in a request, please", param="prompt")
-    return first if isinstance(first, str) else _prompt(first)
-
-
 def _parsed(
     body: _Common, prompt: Prompt, max_tokens: int | None, request_id: str, principal: Principal
 ) -> Parsed:
@@ -236,7 +239,7 @@ def _parsed(
         request=request,
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
-        ignored=_ignored(body.model_extra or {}),
+        ignored=(*_ignored(body.model_extra or {}), *_ignored_inside(body)),
     )
 
 
@@ -264,11 +267,23 @@ def _sampling(body: _Common) -> Sampling:
     return Sampling(logit_bias=tuple(bias), **given)
 
 
+def _ignored_inside(body: _Common) -> Iterator[str]:
+    if body.stream_options is not None:
+        yield from (f"stream_options.{name}" for name in body.stream_options.model_extra or ())
+    if isinstance(body, _Chat):
+        for i, message in enumerate(body.messages):
+            for name in message.model_extra or ():
+                if name not in _MESSAGE_NEUTRAL:
+                    yield f"messages.{i}.{name}"
+
+
 def _ignored(extra: dict[str, Any]) -> tuple[str, ...]:
     ignored = []
     for name, value in extra.items():
         if name in _NEUTRAL:
-            if value is not None and value not in _NEUTRAL[name]:
+            # 0 equals False, and `logprobs: 0` asks for something.
+            neutral = any(value == n and type(value) is type(n) for n in _NEUTRAL[name])
+            if value is not None and not neutral:
                 raise UnsupportedParameter(f"{name} is not supported", param=name)
         elif name in _LABELS or value is not None:
             ignored.append(name)

@@ -46,8 +46,7 @@ class Fakes:
     def check(self) -> None:
         """Nothing is left of any request, and the scheduler agrees with itself."""
         for model in self.models:
-            scheduler = model.engine._scheduler
-            assert scheduler is not None
+            scheduler = model.engine.scheduler
             scheduler.check_invariants()
             assert not scheduler.sequences, scheduler
             assert model.active == 0

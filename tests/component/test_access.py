@@ -19,7 +19,7 @@ from jupyter_server.auth import Authorizer, User
 from tornado.httpclient import HTTPClientError
 
 from shimmy_jupyter.server.handlers import ROUTES
-from shimmy_jupyter.server.handlers.base import ShimmyHandler, _is_loopback
+from shimmy_jupyter.server.handlers.base import ShimmyHandler, is_local
 
 from .conftest import MODEL, chat
 
@@ -220,10 +220,22 @@ class TestKernelSecret:
         good = {"Authorization": "token open sesame"}
         assert (await fetch(http_server_client, url("api/contents"), "GET", headers=good))[0] == 403
 
-    def test_loopback(self) -> None:
-        assert _is_loopback("127.0.0.1")
-        assert _is_loopback("::1")
-        assert not any(_is_loopback(a) for a in ("10.0.0.1", "8.8.8.8", "", None, "localhost"))
+    async def test_not_through_a_proxy(
+        self, server: Any, http_server_client: Any, url: Any
+    ) -> None:
+        server.web_app.settings["shimmy_kernel_secret"] = "open sesame"
+        for name in ("X-Forwarded-For", "X-Real-Ip", "Forwarded"):
+            headers = {"Authorization": "token open sesame", name: "127.0.0.1"}
+            path = url("shimmy/v1/models")
+            assert (await fetch(http_server_client, path, "GET", headers=headers))[0] == 403
+
+    def test_this_machine(self) -> None:
+        assert is_local(("127.0.0.1", 1), ("127.0.0.1", 2))
+        assert is_local(("::1", 1, 0, 0), ("::1", 2, 0, 0))
+        assert is_local(("10.0.0.5", 1), ("10.0.0.5", 2))
+        assert is_local("/run/jupyter.sock", "")
+        assert not is_local(("10.0.0.5", 1), ("10.0.0.6", 2))
+        assert not is_local(("127.0.0.1", 1), ("8.8.8.8", 2))
 
     async def test_there_is_none_where_a_token_does(self, server: Any) -> None:
         assert "shimmy_kernel_secret" not in server.web_app.settings

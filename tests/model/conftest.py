@@ -34,8 +34,7 @@ async def loaded(path: Path, **spec: Any) -> AsyncIterator[LoadedModel]:
     model = await LoadedModel.load(llama_backend, LoadSpec(path=str(path), **spec))
     try:
         yield model
-        scheduler = model.engine._scheduler
-        assert scheduler is not None
+        scheduler = model.engine.scheduler
         scheduler.check_invariants()
         assert not scheduler.sequences
     finally:

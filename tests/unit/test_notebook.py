@@ -78,6 +78,9 @@ class TestOptions:
 class TestQuestions:
     @pytest.mark.parametrize("line", ["%shimmy What does len do?\n", "%shimmy  a?  \n"])
     def test_become_calls(self, line: str) -> None:
+        first = ['x = """ \'\'\' """\n', "if x:\n"]
+        *_, indented = questions_are_not_help([*first, "    " + line])
+        assert indented.startswith("    get_ipython()")
         (new,) = questions_are_not_help([line])
         calls: list[tuple[str, str]] = []
         shell = type("Shell", (), {"run_line_magic": lambda _, *args: calls.append(args)})()
@@ -92,6 +95,7 @@ class TestQuestions:
             ["%shimmy What is this\n"],
             ["len?\n"],
             ["x = 1\n"],
+            ['x = """\n', "%shimmy what?\n", '"""\n'],
             ["%%shimmy\n", "%shimmy what?\n"],
             [],
         ],
@@ -131,12 +135,16 @@ class TestFindingTheServer:
         assert found is not None
         assert found.token == "kernel secret"
 
-    @pytest.mark.parametrize("hostname", ["0.0.0.0", "::", "*", ""])
-    def test_one_that_listens_everywhere_is_asked_here(self, tmp_path: Path, hostname: str) -> None:
+    @pytest.mark.parametrize(
+        ("hostname", "here"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("", "127.0.0.1")]
+    )
+    def test_one_that_listens_everywhere_is_asked_here(
+        self, tmp_path: Path, hostname: str, here: str
+    ) -> None:
         self.record(tmp_path, hostname=hostname, url="http://machine.example:8888/lab-base/")
         found = find_server(None, None, 42, tmp_path)
         assert found is not None
-        assert found.url == "http://127.0.0.1:8888/lab-base/"
+        assert found.url == f"http://{here}:8888/lab-base/"
 
     def test_damaged_record(self, tmp_path: Path) -> None:
         (tmp_path / "jpserver-42.json").write_text("{")

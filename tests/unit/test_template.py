@@ -90,6 +90,10 @@ RUNAWAYS = [
     "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "{% set n = namespace(x=10) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
     "{{ 10 ** 100000000 }}",
+    "{{ 1 | round(300000000, 'floor') }}",
+    "{{ 1 | round(-300000000) }}",
+    "{% set n = namespace(x=1) %}{% for i in range(99999) %}"
+    "{% set n.x = n.x * 4611686018427387904 %}{% endfor %}",
     "{{ '%1000000000d' % 1 }}",
     "{{ '%*d' % (1000000000, 1) }}",
     "{{ '%999999999d' | format(1) }}",

@@ -35,6 +35,9 @@ _BY_STATUS: dict[int, tuple[type[ShimmyError], str]] = {
 }
 
 
+_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-Ip")
+
+
 class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
     """Errors are raised as `ShimmyError` and written in the one JSON shape."""
 
@@ -70,15 +73,29 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
 
     def _accept_kernel_secret(self) -> None:
         """A server with only a password has no token that its kernels could know; it has given
-        them a secret of its own. Good from this machine only.
+        them a secret of its own. Good from this machine only, and not through a proxy.
         """
         secret = self.settings.get("shimmy_kernel_secret")
-        if not secret or not _is_loopback(self.request.remote_ip):
+        if not secret or not self._from_this_machine():
             return
         given = self.identity_provider.get_token(self) or ""
         if hmac.compare_digest(given.encode(), secret.encode()):
             self.current_user = self._jupyter_current_user = User(username="kernel")
             self._token_authenticated = True
+
+    def _from_this_machine(self) -> bool:
+        if any(name in self.request.headers for name in _FORWARDED):
+            return False
+        connection: Any = self.request.connection
+        # A socket that is gone has no name, and nobody to answer.
+        try:
+            here, there = (
+                connection.stream.socket.getsockname(),
+                connection.stream.socket.getpeername(),
+            )
+        except (AttributeError, OSError):
+            return False
+        return is_local(here, there)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
@@ -96,11 +113,13 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
             super().log_exception(typ, value, tb)
 
 
-def _is_loopback(address: str | None) -> bool:
-    try:
-        return ipaddress.ip_address(address or "").is_loopback
-    except ValueError:
-        return False
+def is_local(here: Any, there: Any) -> bool:
+    """Whether a connection between two socket names stays on this machine. A Unix socket's name is
+    a text; an IP socket's begins with the address.
+    """
+    if isinstance(here, str | bytes):
+        return True
+    return bool(here[0] == there[0] or ipaddress.ip_address(there[0]).is_loopback)
 
 
 class UnknownRouteHandler(ShimmyHandler):

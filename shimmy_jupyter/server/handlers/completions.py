@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import time
 from collections.abc import Callable
@@ -16,6 +17,10 @@ from ...errors import Cancelled, RequestTooLarge
 from ...service import Completion
 from .base import ShimmyHandler
 
+_SMALL = 64 * 1024
+_NAMED = 20
+"""How many ignored fields the header names."""
+
 
 class _GeneratingHandler(ShimmyHandler):
     """Collects the body up to the route's own limit and streams or writes one completion."""
@@ -26,27 +31,39 @@ class _GeneratingHandler(ShimmyHandler):
     async def prepare(self) -> None:  # type: ignore[override]
         self._limit: int = self.settings["shimmy_max_request_bytes"]
         self._body = bytearray()
-        connection: Any = self.request.connection
-        connection.set_max_body_size(self._limit)
+        self._received = 0
         await super().prepare()
         length = self.request.headers.get("Content-Length", "0")
-        if length.isdigit() and int(length) > self._limit:
-            raise RequestTooLarge(
-                f"the body has {length} bytes; ShimmyLimits.max_request_size allows {self._limit}"
-            )
+        if length.isdigit():
+            self._check_size(int(length))
 
     def data_received(self, chunk: bytes) -> None:
-        self._body += chunk
+        self._received += len(chunk)
+        if self._received <= self._limit:
+            self._body += chunk
 
     def on_connection_close(self) -> None:
+        # Tornado's own frees a handler whose client hung up amid the body.
+        super().on_connection_close()
         self._gone = True
         if self._completion is not None:
             self._completion.close()
 
+    def _check_size(self, size: int) -> None:
+        if size > self._limit:
+            raise RequestTooLarge(
+                f"the body has {size} bytes; ShimmyLimits.max_request_size allows {self._limit}"
+            )
+
     async def _complete(self, api: _Api) -> None:
-        parsed = api.parse(bytes(self._body), self.request_id, self.principal)
+        self._check_size(self._received)
+        body, self._body = bytes(self._body), bytearray()
+        # Off the event loop, for the sake of others when it is large.
+        parse = functools.partial(api.parse, body, self.request_id, self.principal)
+        parsed = parse() if len(body) < _SMALL else await asyncio.to_thread(parse)
         if parsed.ignored:
-            self.set_header("x-shimmy-ignored", ", ".join(map(_header_safe, parsed.ignored)))
+            names = [_header_safe(name) for name in parsed.ignored[:_NAMED]]
+            self.set_header("x-shimmy-ignored", ", ".join(names))
         created = int(time.time())
         async with await self.service.start(parsed.request) as completion:
             self._completion = completion
@@ -62,10 +79,12 @@ class _GeneratingHandler(ShimmyHandler):
                 self.log.debug("request %s: the client disconnected", self.request_id)
 
     async def _stream(self, writer: Any, completion: Completion) -> None:
-        self.set_header("Content-Type", "text/event-stream")
-        self.set_header("Cache-Control", "no-cache")
-        self.set_header("X-Accel-Buffering", "no")
+        # Headers go with the first event, so a request that fails before it keeps its status.
         async for data in writer.events(completion):
+            if not self._headers_written:
+                self.set_header("Content-Type", "text/event-stream")
+                self.set_header("Cache-Control", "no-cache")
+                self.set_header("X-Accel-Buffering", "no")
             self.write(data)
             await self.flush()
         await self.finish(set_content_type="text/event-stream")
