@@ -1,12 +1,3 @@
-"""Fixtures for all layers. Real parts wherever one is in reach; the fake backend for UI and faults."""
-
-from __future__ import annotations
-
-import pytest
+"""For all layers: pytest-jupyter's server fixtures, which also run `async def` tests."""
 
 pytest_plugins = ["pytest_jupyter.jupyter_server"]
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"

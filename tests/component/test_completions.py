@@ -13,6 +13,7 @@ import json
 import threading
 from typing import Any
 
+import psutil
 import pytest
 from tornado.httpclient import HTTPClientError
 from tornado.iostream import IOStream
@@ -217,6 +218,8 @@ async def test_what_is_not_json(server: Any, jp_fetch: Any, body: bytes) -> None
         ("n", 2),
         ("tools", [{"type": "function"}]),
         ("logprobs", True),
+        ("logprobs", 0),
+        ("echo", 0),
         ("response_format", {"type": "json_object"}),
         ("grammar", {"type": "gbnf", "value": "root ::= [a-"}),
         ("reproducible", True),
@@ -237,6 +240,13 @@ async def test_neutral_values_pass_and_unknown_fields_are_named(server: Any, jp_
     )  # fmt: skip
     response = await jp_fetch(*CHAT, method="POST", body=body)
     assert response.headers["x-shimmy-ignored"] == "user, magic"
+    body = chat(messages=[{"role": "user", "content": "x", "colour": 1}], stream=True,
+                stream_options={"include_obfuscation": False})  # fmt: skip
+    response = await jp_fetch(*CHAT, method="POST", body=body)
+    ignored = response.headers["x-shimmy-ignored"]
+    assert ignored == "stream_options.include_obfuscation, messages.0.colour"
+    response = await jp_fetch(*CHAT, method="POST", body=chat(**{f"f{i}": 1 for i in range(9999)}))
+    assert len(response.headers["x-shimmy-ignored"]) < 2000
     response = await jp_fetch(*CHAT, method="POST", body=chat(**{"a\r\nset-cookie": 1}))
     assert response.headers["x-shimmy-ignored"] == "a??set-cookie"
 
@@ -293,14 +303,58 @@ async def test_failing_step_is_an_error_not_an_answer(
     assert json.loads(response.body)["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_error_in_a_stream_is_its_last_event(
+async def test_error_before_the_first_event_has_its_status(
     server: Any, jp_fetch: Any, fakes: Fakes
 ) -> None:
-    fakes.make = lambda: FakeBackend(fail_at=3)
-    response = await jp_fetch(*CHAT, method="POST", body=chat(stream=True))
-    last = response.body.decode().strip().split("\n\n")[-1]
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_crashed"
-    assert b"[DONE]" not in response.body
+    fakes.make = lambda: FakeBackend(fail_at=1)
+    status, error = await refused(jp_fetch, *CHAT, body=chat(stream=True))
+    assert (status, error["code"]) == (503, "engine_crashed")
+
+
+async def test_error_later_in_a_stream_is_its_last_event(
+    server: Any, jp_fetch: Any, fakes: Fakes, jp_http_port: int, jp_base_url: str
+) -> None:
+    gate = threading.Semaphore(1)
+    fakes.make = lambda: FakeBackend(gate=gate, fail_at=2)
+    stream = await _post(server, jp_http_port, jp_base_url, chat(stream=True).encode())
+    await stream.read_until(b"one")
+    gate.release()
+    rest = await stream.read_until(b"0\r\n\r\n")
+    assert b'"code":"engine_crashed"' in rest
+    assert b"[DONE]" not in rest
+    stream.close()
+
+
+async def test_an_engine_that_ended_is_loaded_again(
+    server: Any, jp_fetch: Any, fakes: Fakes
+) -> None:
+    class Broken(FakeBackend):
+        def open(self, slot: Any) -> None:
+            raise MemoryError
+
+    fakes.make = Broken
+    status, error = await refused(jp_fetch, *CHAT, body=chat())
+    assert (status, error["code"]) == (503, "engine_crashed")
+    model = json.loads((await jp_fetch("shimmy", "v1", "models", MODEL)).body)
+    assert model["shimmy"]["state"] == "failed"
+    assert model["shimmy"]["error"]
+    health = json.loads((await jp_fetch("shimmy", "health")).body)
+    assert health["status"] == "degraded"
+    fakes.make = FakeBackend
+    response = await jp_fetch(*CHAT, method="POST", body=chat())
+    assert json.loads(response.body)["choices"][0]["finish_reason"] == "stop"
+    assert json.loads((await jp_fetch("shimmy", "health")).body)["status"] == "ok"
+
+
+async def test_a_model_that_does_not_load(server: Any, jp_fetch: Any, fakes: Fakes) -> None:
+    def missing() -> FakeBackend:
+        raise ImportError("libllama.so: cannot open shared object file")
+
+    fakes.make = missing
+    status, error = await refused(jp_fetch, *CHAT, body=chat())
+    assert (status, error["code"]) == (503, "model_load_failed")
+    assert "libllama.so" in error["message"]
+    assert json.loads((await jp_fetch("shimmy", "health")).body)["status"] == "degraded"
 
 
 async def test_numbers_that_are_not_finite_end_that_sequence_alone(
@@ -361,11 +415,56 @@ async def test_a_client_that_goes_away_frees_its_sequence_within_a_step(
     assert backend.open_slots == {}
 
 
-async def test_body_over_the_limit(server: Any, jp_fetch: Any) -> None:
+async def test_body_over_the_limit(
+    server: Any, jp_fetch: Any, jp_http_port: int, jp_base_url: str
+) -> None:
     server.web_app.settings["shimmy_max_request_bytes"] = 1000
     status, error = await refused(jp_fetch, *CHAT, body=chat("x" * 2000))
     assert (status, error["code"]) == (413, "request_too_large")
     assert "max_request_size" in error["message"]
+    # Without a length in front it is only known at the end.
+    stream = await TCPClient().connect("127.0.0.1", jp_http_port)
+    body = chat("x" * 2000).encode()
+    head = _head(server, jp_http_port, jp_base_url, "Transfer-Encoding: chunked")
+    await stream.write(head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+    assert b" 413 " in await stream.read_until(b"\r\n")
+    stream.close()
+
+
+async def test_a_client_that_hangs_up_amid_its_body(
+    server: Any, jp_fetch: Any, fakes: Fakes, jp_http_port: int, jp_base_url: str
+) -> None:
+    before = len(asyncio.all_tasks())
+    for _ in range(20):
+        stream = await TCPClient().connect("127.0.0.1", jp_http_port)
+        await stream.write(_head(server, jp_http_port, jp_base_url, "Content-Length: 5000") + b"{")
+        stream.close()
+    await jp_fetch(*CHAT, method="POST", body=chat())
+    await _until(lambda: len(asyncio.all_tasks()) <= before)
+    assert fakes.models[0].active == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": [1] * 500_000 + ["x"]}),
+        (COMPLETIONS, {"prompt": ["x"] * 500_000}),
+        (COMPLETIONS, {"prompt": [[1], [2]] * 100_000}),
+        (CHAT, {"messages": [1] * 500_000}),
+        (CHAT, {"messages": [{"role": "user", "content": [1] * 500_000}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "stop": [1] * 500_000}),
+    ],
+    ids=["ids", "texts", "lists", "messages", "parts", "stops"],
+)
+async def test_long_wrong_lists_cost_little(
+    server: Any, jp_fetch: Any, path: tuple[str, ...], body: dict[str, Any]
+) -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    status, error = await refused(jp_fetch, *path, body=json.dumps({"model": MODEL, **body}))
+    assert status == 400
+    assert error["param"].split(".")[0] in ("prompt", "messages", "stop")
+    assert process.memory_info().rss - before < 200 << 20
 
 
 async def test_sixteen_clients_share_batches(server: Any, jp_fetch: Any, fakes: Fakes) -> None:
@@ -385,14 +484,16 @@ async def test_bodies_name_no_path(server: Any, jp_fetch: Any, tmp_path: Any) ->
     assert str(tmp_path) not in json.dumps(error)
 
 
+def _head(server: Any, port: int, base_url: str, length: str) -> bytes:
+    return (
+        f"POST {base_url}shimmy/v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        f"Authorization: token {server.identity_provider.token}\r\n{length}\r\n\r\n"
+    ).encode()
+
+
 async def _post(server: Any, port: int, base_url: str, body: bytes) -> IOStream:
     stream = await TCPClient().connect("127.0.0.1", port)
-    token = server.identity_provider.token
-    head = (
-        f"POST {base_url}shimmy/v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
-        f"Authorization: token {token}\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    await stream.write(head.encode() + body)
+    await stream.write(_head(server, port, base_url, f"Content-Length: {len(body)}") + body)
     return stream
 
 

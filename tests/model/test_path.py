@@ -16,13 +16,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import nbclient
 import nbformat
 import openai
 import pytest
 import random_gguf
-from kernel_session import RunningServer, kernel, running_server, text_of
+from jupyter_server.auth import passwd
+from kernel_session import Kernel, RunningServer, kernel, running_server, text_of
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
+from tornado.websocket import websocket_connect
 
 LEN = "Return the number of items in a container."
 
@@ -191,6 +195,70 @@ def test_without_a_server_the_kernel_answers_itself_and_says_so(server: RunningS
     said, *shown = book.cells[1].outputs
     assert said.text == "shimmy: no Jupyter server started this kernel; the model runs inside it.\n"
     assert shown[-1].data["text/plain"].startswith(LEN)
+
+
+@pytest.mark.parametrize("leave", ["", "import os; os.kill(os.getpid(), 2)"])
+def test_a_process_that_used_the_model_ends(leave: str) -> None:
+    """With an answer still being made: a script's end must not wait for it, nor print a word."""
+    code = f"""
+from shimmy_jupyter.compose import LocalTransport
+from shimmy_jupyter.config import Settings
+local = LocalTransport(Settings())
+body = {{"model": "self-test", "messages": [{{"role": "user", "content": "len"}}], "stream": True}}
+stream = local.stream("shimmy/v1/chat/completions", body)
+print(next(iter(stream.__enter__()))[:5])
+{leave}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout == "b'data:'\n"
+    assert done.stderr == "" or "KeyboardInterrupt" in done.stderr.splitlines()[-1]
+
+
+async def test_a_server_with_only_a_password_lets_its_kernels_in() -> None:
+    hashed = passwd("open sesame")
+    options = (
+        "--IdentityProvider.token=",
+        f"--PasswordIdentityProvider.hashed_password={hashed}",
+    )
+    with running_server(*options) as server:
+        assert server.token == ""
+        cookies, xsrf = await sign_in(server, "open sesame")
+        request = HTTPRequest(
+            server.url + "api/kernels",
+            method="POST",
+            body="{}",
+            headers={"Cookie": cookies, "X-XSRFToken": xsrf},
+        )
+        started = json.loads((await AsyncHTTPClient().fetch(request)).body)
+        address = server.url.replace("http", "ws", 1) + f"api/kernels/{started['id']}/channels"
+        socket = await websocket_connect(HTTPRequest(address, headers={"Cookie": cookies}))
+        session = Kernel(server, started["id"], socket)
+        await session.execute("%load_ext shimmy")
+        outputs = await session.execute("%shimmy --temperature 0 What does len do?")
+        assert text_of(answers(outputs)[-1]).startswith(LEN), outputs
+        with pytest.raises(HTTPClientError, match="403"):
+            await server.request("GET", "shimmy/v1/models")
+        socket.close()
+
+
+async def sign_in(server: RunningServer, password: str) -> tuple[str, str]:
+    """The cookies of a browser that has given the password, and its XSRF token."""
+    client = AsyncHTTPClient()
+    page = await client.fetch(server.url + "login")
+    cookies = [c.split(";")[0] for c in page.headers.get_list("Set-Cookie")]
+    xsrf = next(c.partition("=")[2] for c in cookies if c.startswith("_xsrf="))
+    done = await client.fetch(
+        server.url + "login",
+        method="POST",
+        body=urlencode({"password": password, "_xsrf": xsrf}),
+        headers={"Cookie": "; ".join(cookies)},
+        follow_redirects=False,
+        raise_error=False,
+    )
+    cookies += [c.split(";")[0] for c in done.headers.get_list("Set-Cookie")]
+    return "; ".join(cookies), xsrf
 
 
 HEAVY = ("llama_cpp", "numpy", "ipywidgets", "pandas", "torch")

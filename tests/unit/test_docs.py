@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,25 @@ def test_one_version_and_one_engine() -> None:
 def test_the_notebook_is_saved_without_secrets() -> None:
     book = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text())
     assert "token=" not in json.dumps(book)
+
+
+def test_what_a_wheel_holds(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for needed in (
+        "shimmy.py",
+        "shimmy_jupyter/bundled/self-test.gguf",
+        "shimmy_jupyter/bundled/self-test.json",
+        "etc/jupyter/jupyter_server_config.d/shimmy_jupyter.json",
+        "licenses/LICENSE",
+        "entry_points.txt",
+    ):
+        assert any(name.endswith(needed) for name in names), needed
+    assert not [n for n in names if n.endswith(".pth") or n.startswith(("tests", "shimmy/"))]
 
 
 class TestSettings:

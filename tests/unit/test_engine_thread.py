@@ -1,0 +1,225 @@
+"""The engine's thread and its streams, on the scripted backend.
+
+Cases: a slow reader pauses its own sequence and goes on, at every capacity; the reader that catches
+up just as it is paused; a closed reader; what breaks in each backend call, at any time, ends every
+stream with an error and the thread; a submission that meets the end; a load that fails; a caller
+that stops waiting for a load; a loop that is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from shimmy_jupyter.core.messages import OpenSlot, Sampled, Step
+from shimmy_jupyter.engine.backend import LoadSpec
+from shimmy_jupyter.engine.fake import FakeBackend
+from shimmy_jupyter.engine.stream import TokenStream
+from shimmy_jupyter.engine.worker import Engine
+from shimmy_jupyter.errors import EngineCrashed, ModelLoadFailed, ShimmyError, ShuttingDown
+from shimmy_jupyter.types import FinishReason, ModelFacts, Sampling
+
+PROMPT = tuple(b">x")
+SPEC = LoadSpec(path="", slots=4)
+
+
+def words(count: int) -> Any:
+    return lambda _: [f"w{i} " for i in range(count)]
+
+
+async def started(backend: FakeBackend, **options: Any) -> Engine:
+    engine = Engine(backend, SPEC, **options)
+    await engine.start()
+    return engine
+
+
+def submit(engine: Engine, max_tokens: int = 1000) -> TokenStream:
+    return engine.submit("local", PROMPT, max_tokens, Sampling())
+
+
+async def text(stream: TokenStream) -> str:
+    return "".join([piece async for piece in stream])
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 7])
+async def test_a_slow_reader_gets_everything(capacity: int) -> None:
+    engine = await started(FakeBackend(words(200)), stream_capacity=capacity)
+    streams = [submit(engine) for _ in range(3)]
+    found = await asyncio.gather(*map(text, streams))
+    assert found == ["".join(f"w{i} " for i in range(200))] * 3
+    assert all(s.ended and s.ended.reason is FinishReason.STOP for s in streams)
+    assert sum(s.statistics().pauses for s in streams) > 0
+    await engine.stop()
+
+
+async def test_a_stream_that_nobody_reads_stays_bounded_and_stops_nobody() -> None:
+    backend = FakeBackend(words(500))
+    engine = await started(backend, stream_capacity=8)
+    unread, read = submit(engine), submit(engine)
+    assert len((await text(read)).split()) == 500
+    assert unread.statistics().unread <= 9  # one more may be on its way when it is paused
+    unread.close()
+    unread.close()
+    assert unread.statistics().closed
+    await engine.stop()
+    assert engine.active == 0
+
+
+class Order:
+    """Records what a stream tells the engine."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def cancel(self, id: int) -> None:
+        self.said.append("cancel")
+
+    def reader_full(self, id: int) -> None:
+        self.said.append("full")
+
+    def reader_ready(self, id: int) -> None:
+        self.said.append("ready")
+
+
+async def test_ready_never_overtakes_full() -> None:
+    """From many threads' sendings and one reader's readings: each full is followed by a ready."""
+    order = Order()
+    stream = TokenStream(1, 2, order)
+    total = 3000
+
+    def send() -> None:
+        for _ in range(total):
+            stream.count_sent()
+            stream.loop.call_soon_threadsafe(stream.deliver, "x")
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    seen = 0
+    while seen < total:
+        seen += len(await stream.read())
+    sender.join()
+    assert order.said == ["full", "ready"] * (len(order.said) // 2)
+    assert order.said
+
+
+class Broken(FakeBackend):
+    """Fails in the named call, the nth time that it is made, in a way that nobody foresaw."""
+
+    def __init__(self, call: str, at: int) -> None:
+        super().__init__(words(20))
+        self.call, self.left = call, at
+
+    def _maybe(self, call: str) -> None:
+        if call == self.call:
+            self.left -= 1
+            if self.left <= 0:
+                raise MemoryError(call)
+
+    def open(self, slot: OpenSlot) -> None:
+        self._maybe("open")
+        super().open(slot)
+
+    def step(self, step: Step) -> tuple[Sampled, ...]:
+        self._maybe("step")
+        return super().step(step)
+
+    def close(self, slot: int) -> None:
+        self._maybe("close")
+        super().close(slot)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("call", ["open", "step", "close"])
+async def test_whatever_breaks_every_stream_ends(call: str, at: int) -> None:
+    engine = await started(Broken(call, at))
+    streams = [submit(engine) for _ in range(8)]
+    ends = await asyncio.wait_for(
+        asyncio.gather(*map(text, streams), return_exceptions=True), timeout=20
+    )
+    failed = [end for end in ends if isinstance(end, BaseException)]
+    assert failed
+    assert all(isinstance(end, EngineCrashed) for end in failed), failed
+    assert engine.active == 0
+    assert engine.failure is not None
+    with pytest.raises(EngineCrashed):
+        submit(engine)
+    await engine.stop()
+    assert not engine._thread.is_alive()
+    assert not engine.backend.loaded  # type: ignore[attr-defined]
+
+
+async def test_submissions_that_meet_the_end_all_end() -> None:
+    engine = await started(FakeBackend(words(3)))
+    outcomes: list[str] = []
+
+    async def client() -> None:
+        try:
+            outcomes.append(await text(submit(engine)))
+        except ShimmyError as error:
+            outcomes.append(error.code)
+
+    clients = [asyncio.create_task(client()) for _ in range(200)]
+    await asyncio.sleep(0)
+    await engine.stop()
+    await asyncio.wait_for(asyncio.gather(*clients), timeout=20)
+    assert set(outcomes) <= {"w0 w1 w2 ", "shutting_down"}
+    assert len(outcomes) == 200
+
+
+async def test_a_load_that_fails() -> None:
+    class Refusing(FakeBackend):
+        def load(self, spec: LoadSpec) -> ModelFacts:
+            raise ModelLoadFailed("no such thing")
+
+    class Bursting(FakeBackend):
+        def load(self, spec: LoadSpec) -> ModelFacts:
+            raise ZeroDivisionError
+
+    for backend, reason in ((Refusing(), "no such thing"), (Bursting(), "server's log")):
+        engine = Engine(backend, SPEC)
+        with pytest.raises(ModelLoadFailed, match=reason):
+            await engine.start()
+        await engine.stop()
+        assert not engine._thread.is_alive()
+
+
+async def test_a_caller_that_stops_waiting_for_a_load() -> None:
+    gate = threading.Event()
+
+    class Slow(FakeBackend):
+        def load(self, spec: LoadSpec) -> ModelFacts:
+            gate.wait(20)
+            return super().load(spec)
+
+    engine = Engine(Slow(words(2)), SPEC)
+    waiting = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    gate.set()
+    await engine.stop()
+    assert not engine.backend.loaded  # type: ignore[attr-defined]
+    with pytest.raises(ShuttingDown):
+        submit(engine)
+
+
+def test_a_loop_that_is_gone_frees_its_sequences() -> None:
+    gate = threading.Semaphore(0)
+    backend = FakeBackend(words(1000), gate=gate)
+
+    async def leave_it_running() -> Engine:
+        engine = await started(backend)
+        submit(engine)
+        return engine
+
+    engine = asyncio.run(leave_it_running())
+    gate.release(2000)
+
+    async def others_are_served() -> None:
+        assert len((await text(submit(engine))).split()) == 1000
+        await engine.stop()
+
+    asyncio.run(others_are_served())
+    assert engine.active == 0
