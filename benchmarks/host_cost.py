@@ -65,7 +65,7 @@ class Bench:
         self.clients, self.lockstep = clients, lockstep
         self.gate = threading.Semaphore(0 if lockstep else 10**9)
         self.here, self.done = 0, 0
-        self.start = asyncio.Event()
+        self.start, self.over = asyncio.Event(), asyncio.Event()
         self.parsed = parse_chat(
             {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True},
             "0" * 32,
@@ -81,6 +81,8 @@ class Bench:
 
     def flushed(self, data: bytes) -> None:
         self.done += data.count(b'"content":"w')
+        if self.done == STEPS * self.clients:
+            self.over.set()
         if self.lockstep and self.done == sum(self.model.engine.backend.batches):
             self.gate.release()
 
@@ -99,8 +101,9 @@ class Bench:
         await self.start.wait()
         began = time.perf_counter()
         self.gate.release()
-        await asyncio.to_thread(client.wait)
+        await self.over.wait()
         spent = time.perf_counter() - began
+        await asyncio.to_thread(client.wait)
         steps = self.model.engine.statistics.steps
         server.stop()
         await server.close_all_connections()

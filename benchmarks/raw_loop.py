@@ -53,7 +53,8 @@ def main() -> None:
     options = json.loads(sys.argv[2])
     bias = tuple((int(token), value) for token, value in options.pop("logit_bias").items())
     sampling = Sampling(logit_bias=bias, **options)
-    print(json.dumps({"threads": threads, "model": facts.description}), flush=True)
+    about = {"threads": threads, "model": facts.description, "kv_tokens": facts.kv_tokens}
+    print(json.dumps(about), flush=True)
     for line in sys.stdin:
         print(json.dumps(measure(backend, json.loads(line), sampling)), flush=True)
     backend.unload()

@@ -10,52 +10,42 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import psutil
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "scripts"))
+
+from kernel_session import RunningServer, running_server  # noqa: E402
 
 
 def start(*, extension: bool) -> tuple[float, float]:
     """Seconds and MiB of one start."""
-    with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "JUPYTER_RUNTIME_DIR": folder, "JUPYTER_CONFIG_DIR": folder}
-        config = json.dumps({"ServerApp": {"jpserver_extensions": {"shimmy_jupyter": extension}}})
-        Path(folder, "jupyter_server_config.json").write_text(config)
-        command = [sys.executable, "-m", "jupyter_server", "--no-browser", "--allow-root"]
-        command += ["--ServerApp.port=0", f"--ServerApp.root_dir={folder}"]
-        began = time.perf_counter()
-        process = subprocess.Popen(command, env=env, stdout=-3, stderr=-3)
-        record = Path(folder, f"jpserver-{process.pid}.json")
-        while not (record.exists() and record.stat().st_size):
-            time.sleep(0.002)
-        info = json.loads(record.read_text())
-        request = urllib.request.Request(
-            info["url"] + "api/status", headers={"Authorization": f"token {info['token']}"}
-        )
-        urllib.request.urlopen(request, timeout=30).read()
+    switch = f"shimmy_jupyter={extension}"
+    began = time.perf_counter()
+    with running_server(f"--ServerApp.jpserver_extensions={switch}") as server:
+        ask(server, "api/status")
         seconds = time.perf_counter() - began
-        memory = psutil.Process(process.pid).memory_info().rss / (1 << 20)
-        check = urllib.request.Request(
-            info["url"] + "shimmy/health", headers={"Authorization": f"token {info['token']}"}
-        )
-        try:
-            there = urllib.request.urlopen(check, timeout=30).status == 200
-        except urllib.error.HTTPError:
-            there = False
-        process.terminate()
-        process.wait()
-        if there is not extension:
-            raise RuntimeError(f"the extension is {'' if there else 'not '}enabled")
+        memory = psutil.Process(server.pid).memory_info().rss / (1 << 20)
+        if (ask(server, "shimmy/health") == 200) is not extension:
+            raise RuntimeError(f"the extension is {'not ' if extension else ''}enabled")
         return seconds, memory
+
+
+def ask(server: RunningServer, path: str) -> int:
+    request = urllib.request.Request(
+        server.url + path, headers={"Authorization": f"token {server.token}"}
+    )
+    try:
+        return int(urllib.request.urlopen(request, timeout=30).status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def main() -> None:

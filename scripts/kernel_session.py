@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -78,11 +79,14 @@ def running_server(
 
 
 def _wait_for_record(process: subprocess.Popen[bytes], record: Path, log: Path) -> dict[str, Any]:
-    for _ in range(READY_SECONDS * 10):
+    for _ in range(READY_SECONDS * 200):
+        # The record is there a moment before the server listens.
         with contextlib.suppress(OSError, ValueError):
-            return dict(json.loads(record.read_text()))
+            info = dict(json.loads(record.read_text()))
+            socket.create_connection(("127.0.0.1", info["port"])).close()
+            return info
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.1)
+            process.wait(timeout=0.005)
             break
     raise RuntimeError(f"the Jupyter server did not start:\n{log.read_text()}")
 
@@ -90,8 +94,8 @@ def _wait_for_record(process: subprocess.Popen[bytes], record: Path, log: Path) 
 class Kernel:
     """A kernel that the server started, spoken to over its WebSocket as a notebook does."""
 
-    def __init__(self, server: RunningServer, id: str, socket: WebSocketClientConnection) -> None:
-        self.server, self.id, self._socket = server, id, socket
+    def __init__(self, server: RunningServer, id: str, channels: WebSocketClientConnection) -> None:
+        self.server, self.id, self._socket = server, id, channels
 
     async def execute(
         self, code: str, on_output: Callable[[dict[str, Any]], None] | None = None
@@ -146,11 +150,11 @@ async def kernel(server: RunningServer) -> AsyncIterator[Kernel]:
     started = await server.request("POST", "api/kernels", {"name": "python3"})
     address = server.url.replace("http", "ws", 1) + f"api/kernels/{started['id']}/channels"
     request = HTTPRequest(address, headers={"Authorization": f"token {server.token}"})
-    socket = await websocket_connect(request)
+    channels = await websocket_connect(request)
     try:
-        yield Kernel(server, started["id"], socket)
+        yield Kernel(server, started["id"], channels)
     finally:
-        socket.close()
+        channels.close()
         await server.request("DELETE", f"api/kernels/{started['id']}")
 
 
