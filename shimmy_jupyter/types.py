@@ -130,3 +130,7 @@ class ModelFacts:
     chat_template: str | None
     special: Mapping[str, str] = field(default_factory=dict)
     """The text of special tokens that chat templates name: `bos_token`, `eos_token`."""
+    longest_token: int = 1
+    """Bytes of text that one token can stand for, at most."""
+    special_tokens: tuple[str, ...] = ()
+    """Texts that are one token wherever they stand in a prompt."""

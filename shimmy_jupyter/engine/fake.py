@@ -62,6 +62,7 @@ class FakeBackend:
             kv_tokens=spec.kv_tokens or 16 * context,
             vocabulary=_FIRST_PIECE,
             chat_template=TEMPLATE,
+            longest_token=8,
         )
 
     def unload(self) -> None:

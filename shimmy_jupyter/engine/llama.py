@@ -14,6 +14,7 @@ import functools
 import logging
 import math
 import os
+import re
 import secrets
 import threading
 from collections.abc import Iterator
@@ -80,7 +81,8 @@ def _why(path: str) -> str:
     """What llama.cpp first complained of in this thread, without its prefixes and our paths."""
     line = getattr(_said, "first_error", None) or "it gave no reason"
     reason = line.rpartition("error loading model: ")[2].replace(path, Path(path).name)
-    return str(reason)
+    # Also of other files, such as a model's further parts.
+    return re.sub(r"(?:[A-Za-z]:)?[/\\][^'\"]*[/\\]", "", reason)
 
 
 @functools.cache
@@ -148,6 +150,7 @@ class LlamaBackend:
             self._batch.n_seq_id[i] = 1
         self._warm_up()
         metadata = dict(self._metadata())
+        texts = self._texts()
         return ModelFacts(
             architecture=metadata.get("general.architecture", ""),
             description=self._description(),
@@ -161,6 +164,9 @@ class LlamaBackend:
                 "bos_token": self._token_text(quick.llama_vocab_bos(self._vocabulary)),
                 "eos_token": self._token_text(quick.llama_vocab_eos(self._vocabulary)),
             },
+            # As stored: byte-level vocabularies write some bytes as two, so this errs upwards.
+            longest_token=max(map(len, texts)),
+            special_tokens=tuple(self._special(texts)),
         )
 
     def _sizes(self, spec: LoadSpec) -> tuple[int, int]:
@@ -302,6 +308,16 @@ class LlamaBackend:
 
     def _token_text(self, token: int) -> str:
         return self._bytes(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
+    def _texts(self) -> list[bytes]:
+        get = quick.llama_vocab_get_text
+        return [get(self._vocabulary, token) or b"" for token in range(self._vocabulary_size)]
+
+    def _special(self, texts: list[bytes]) -> Iterator[str]:
+        marked = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_USER_DEFINED
+        for token, text in enumerate(texts):
+            if quick.llama_vocab_get_attr(self._vocabulary, token) & marked:
+                yield text.decode("utf-8", "replace")
 
     def _chat_template(self) -> str | None:
         template = quick.llama_model_chat_template(self._model, None)

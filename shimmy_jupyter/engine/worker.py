@@ -115,6 +115,7 @@ class Engine:
             return
         self._inbox.put(m.Halted(_STOPPED))
         await asyncio.wrap_future(self._freed)
+        self._thread.join()  # it has nothing left to do
 
     # The engine's thread
 

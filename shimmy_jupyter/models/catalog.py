@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+log = logging.getLogger("shimmy_jupyter.models")
+
 SELF_TEST = "self-test"
+_DEEPEST = 32
 _BUNDLED = Path(__file__).parent.parent / "bundled" / "self-test.gguf"
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._:@-]+")
 _LATER_SHARD = re.compile(r"-(\d{5})-of-\d{5}$")
@@ -31,29 +35,49 @@ class ModelFile:
 def discover(roots: Iterable[Path]) -> list[ModelFile]:
     """Every `*.gguf` below the roots, in the order of the roots and then by name, and at the end
     the bundled model. A second file of a name that is taken becomes `name@` and 8 hex digits of
-    its path's SHA-256. Roots that are not there are passed over; links out of a root too.
+    its path's SHA-256. Passed over: roots that are not there, links out of a root, folders deeper
+    than 32, whatever is no regular file or cannot be looked at.
     """
     found: list[ModelFile] = []
     taken = {SELF_TEST}
     seen: set[Path] = set()
     for root in roots:
-        resolved_root = root.expanduser().resolve()
-        for path in sorted(resolved_root.rglob("*.gguf")):
-            resolved = path.resolve()
-            if resolved in seen or not resolved.is_relative_to(resolved_root):
-                continue
+        try:
+            resolved_root = root.expanduser().resolve(strict=True)
+        except (OSError, RuntimeError, ValueError):
+            log.warning("the models' folder %r cannot be read", str(root))
+            continue
+        for path in sorted(_files(resolved_root)):
             shard = _LATER_SHARD.search(path.stem)
-            if shard and shard[1] != "00001":
+            if path.suffix.lower() != ".gguf" or (shard and shard[1] != "00001"):
                 continue
             try:
+                resolved = path.resolve(strict=True)
                 status = resolved.stat()
-            except OSError:  # gone since it was listed, or not ours to look at
+            except (OSError, RuntimeError):  # gone since it was listed, or a link to itself
                 continue
-            if stat.S_ISREG(status.st_mode):
+            inside = resolved.is_relative_to(resolved_root)
+            if inside and stat.S_ISREG(status.st_mode) and resolved not in seen:
                 seen.add(resolved)
                 found.append(_entry(_name(path, resolved, taken), resolved, status))
     found.append(_entry(SELF_TEST, _BUNDLED, _BUNDLED.stat(), bundled=True))
     return found
+
+
+def _files(root: Path) -> Iterator[Path]:
+    folders = [(root, 0)]
+    while folders:
+        folder, depth = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        if depth < _DEEPEST:
+                            folders.append((Path(entry.path), depth + 1))
+                    else:
+                        yield Path(entry.path)
+        except OSError:
+            log.warning("the models' folder %r cannot be read", str(folder))
 
 
 def _entry(id: str, path: Path, status: os.stat_result, *, bundled: bool = False) -> ModelFile:
@@ -62,7 +86,9 @@ def _entry(id: str, path: Path, status: os.stat_result, *, bundled: bool = False
 
 def _name(path: Path, resolved: Path, taken: set[str]) -> str:
     name = _NOT_IN_A_NAME.sub("-", _LATER_SHARD.sub("", path.stem))[:_LONGEST_NAME] or "model"
-    if name in taken:
-        name += "@" + hashlib.sha256(str(resolved).encode()).hexdigest()[:8]
-    taken.add(name)
-    return name
+    digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()
+    # Longer where somebody has named a file after a digest's beginning.
+    candidates = [name, *(f"{name}@{digest[:size]}"[-128:] for size in range(8, 65))]
+    free = next(candidate for candidate in candidates if candidate not in taken)
+    taken.add(free)
+    return free

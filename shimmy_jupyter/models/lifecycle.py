@@ -37,6 +37,7 @@ class ModelStatus:
 
 
 M = TypeVar("M", bound=Resident)
+_NAMED = 20
 
 
 class ModelPool(Generic[M]):
@@ -68,7 +69,8 @@ class ModelPool(Generic[M]):
             self._files = None
         files = await self.files()
         if id not in files:
-            raise ModelNotFound(f"there is no model {id!r}; there are: {', '.join(files)}")
+            names = [*files][:_NAMED] + ["…"] * (len(files) > _NAMED)
+            raise ModelNotFound(f"there is no model {id!r}; there are: {', '.join(names)}")
         return files[id]
 
     async def get(self, id: str) -> M:

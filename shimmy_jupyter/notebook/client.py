@@ -58,11 +58,18 @@ def find_server(
         return None  # whatever started the kernel is no Jupyter server: nbclient, an editor
     except (OSError, ValueError) as error:
         raise ServerUnreachable(f"the server's record {record.name} is unreadable") from error
+    try:
+        return _server(info, kernel_token)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ServerUnreachable(f"the server's record {record.name} is damaged") from error
+
+
+def _server(info: dict[str, Any], kernel_token: str | None) -> Server:
     url = str(info["url"])
-    here = _EVERYWHERE.get(info.get("hostname"))
+    here = _EVERYWHERE.get(info.get("hostname", "localhost"))
     if here is not None:
         scheme = "https" if info.get("secure") else "http"
-        url = f"{scheme}://{here}:{info['port']}{info['base_url']}"
+        url = f"{scheme}://{here}:{int(info['port'])}{info['base_url']}"
     return Server(url, str(info.get("token") or kernel_token or ""), info.get("sock") or None)
 
 

@@ -22,12 +22,24 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 # Some renderers put what follows a code fence into an attribute as it stands.
 _FENCE_LINE = re.compile(r"^.*(?:`{3}|~{3}).*$", re.MULTILINE)
 # TeX commands by which a formula could link somewhere or style the page.
-_TEX = re.compile(r"\\(?=(?:href|url|html\w*|class|style|cssId|data|require|bbox|unicode)\b)")
+_TEX = re.compile(
+    r"\\(?=(?:href|url|html[A-Za-z]*|class|style|cssId|data|require|bbox|unicode|mmlToken|csname|"
+    r"def|let|newcommand|renewcommand|newenvironment|renewenvironment|includegraphics|texttip|"
+    r"mathtip|action|toggle)(?![A-Za-z]))"
+)
 
 
 def clean(text: str) -> str:
     """The text without characters that act instead of being shown."""
     return _CONTROL.sub("", text)
+
+
+def _shown(text: str) -> str:
+    return html.escape(_inert_tex(text))
+
+
+def _inert_tex(text: str) -> str:
+    return _TEX.sub("\\\\\u200b", text)
 
 
 @lru_cache(maxsize=1)
@@ -43,7 +55,7 @@ def _markdown() -> MarkdownIt:
 
 def _image(self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
     alt = self.renderInlineAsText(tokens[at].children or [], options, env)
-    return html.escape(f"[image: {alt}]")
+    return _shown(f"[image: {alt}]")
 
 
 def _link_open(self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
@@ -53,7 +65,7 @@ def _link_open(self: RendererHTML, tokens: Sequence[Token], at: int, options: An
 
 
 def _text(self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:
-    return html.escape(_TEX.sub("\\\\\u200b", tokens[at].content))
+    return _shown(tokens[at].content)
 
 
 def to_html(markdown: str) -> str:
@@ -66,7 +78,7 @@ def to_inert_markdown(markdown: str) -> str:
     its own can begin in it, whichever dialect reads it (a bare address may be made a link of).
     Code keeps its text, at the cost of `&lt;` for `<`.
     """
-    text = _TEX.sub("\\\\\u200b", clean(markdown)).replace("&", "&amp;").replace("<", "&lt;")
+    text = _inert_tex(clean(markdown)).replace("&", "&amp;").replace("<", "&lt;")
     text = _FENCE_LINE.sub(lambda line: line[0].replace('"', "\u201d").replace("'", "\u2019"), text)
     return re.sub(r"\]\s*(?=[(\[:])", "]\\\\", text)
 

@@ -49,13 +49,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Beside null. Several become features later; until then they are refused, not ignored."""
 _MESSAGE_NEUTRAL = ("audio", "function_call", "refusal", "tool_call_id", "tool_calls")
+_MOST_FIELDS = 200
+_MOST_BIASES = 1024
 _FIELDS = ("content", "include_usage", "name", "role", "text", "type")
 _LIMIT = 2**31 - 1
 
 
 def _unicode(text: str) -> str:
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("half of a surrogate pair is not a character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is not a character") from None
     return text
 
 
@@ -103,7 +107,7 @@ class _Common(_Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
+    logit_bias: dict[str, Bias] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
 
 
@@ -164,6 +168,12 @@ def parse_completion(body: bytes | dict[str, Any], request_id: str, principal: P
 
 def _validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
     data = _json(body) if isinstance(body, bytes) else body
+    if len(data) > _MOST_FIELDS:
+        raise InvalidValue(f"the body has {len(data)} fields; {_MOST_FIELDS} are the most")
+    bias = data.get("logit_bias")
+    if isinstance(bias, dict) and len(bias) > _MOST_BIASES:
+        # Here, as pydantic looks at all of them before it counts.
+        raise InvalidValue(f"at most {_MOST_BIASES} tokens", param="logit_bias")
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -213,7 +223,8 @@ def _message(message: _Message, path: str) -> Message:
 def _part(part: _Part, path: str) -> str:
     if part.type != "text":
         raise UnsupportedParameter(
-            f"content of type {part.type!r} is not supported; only text is", param=f"{path}.type"
+            f"content of type {part.type[:40]!r} is not supported; only text is",
+            param=f"{path}.type",
         )
     if part.text is None:
         raise InvalidValue("a part of type text needs text", param=f"{path}.text")

@@ -108,9 +108,16 @@ def test_characters_that_act_are_left_out() -> None:
 
 
 def test_formulas_cannot_link() -> None:
-    shown = to_html(r"$\href{javascript:alert(1)}{x} \frac{1}{2}$")
-    assert r"\href" not in shown
-    assert r"\frac{1}{2}" in shown
+    for formula in (
+        r"$\href{javascript:alert(1)}{x}$",
+        r"$\href1{click}$",
+        r"![$\href{file:///etc/passwd}{x}$](http://a/b)",
+        r'$\mmlToken{mtext}[href="javascript:alert(1)"]{click}$',
+        r"$\csname href\endcsname{javascript:alert(1)}{x}$",
+    ):
+        for shown in (to_html(formula), to_inert_markdown(formula)):
+            assert not re.search(r"\\(href|mmlToken|csname)", shown)
+    assert r"\frac{1}{2}" in to_html(r"$\frac{1}{2}$")
     assert r"\href" in to_html("`\\href`")
 
 

@@ -146,8 +146,11 @@ class TestFindingTheServer:
         assert found is not None
         assert found.url == f"http://{here}:8888/lab-base/"
 
-    def test_damaged_record(self, tmp_path: Path) -> None:
-        (tmp_path / "jpserver-42.json").write_text("{")
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", "{}", "3", '{"url": "http://x/", "hostname": "", "port": "1@evil"}']
+    )
+    def test_damaged_record(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "jpserver-42.json").write_text(text)
         with pytest.raises(ServerUnreachable):
             find_server(None, None, 42, tmp_path)
 

@@ -1,0 +1,49 @@
+"""Native code that recurses as deep as its text is long, in a thread whose stack allows for it.
+
+llama.cpp splits text for most vocabularies with `std::regex`, whose recursion takes about 300 bytes
+of stack for each character of a run such as "aaaa…": 30 kB of it overflow an ordinary thread's 8 MB
+and kill the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+MAX_TEXT_BYTES = 1 << 20
+"""The longest text that is tokenized: its stack takes half a gigabyte of addresses."""
+_PER_BYTE = 512
+_BASE = 16 << 20
+_PAGE = 4096
+
+# The size of new threads' stacks is a setting of the whole process.
+_creating = threading.Lock()
+
+
+async def in_deep_thread(work: Callable[[], T], text_bytes: int) -> T:
+    """What `work` returns or raises, from a thread of its own with a stack for so long a text.
+
+    The stack is only addresses until it is used, and goes with the thread.
+    """
+    done: Future[T] = Future()
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
+            done.set_exception(error)
+
+    size = (_BASE + _PER_BYTE * text_bytes) // _PAGE * _PAGE
+    with _creating:
+        before = threading.stack_size(size)
+        try:
+            threading.Thread(target=run, name="shimmy-text", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return await asyncio.wrap_future(done)
