@@ -471,19 +471,19 @@ async def test_long_wrong_lists_cost_little(
     assert process.memory_info().rss - before < 200 << 20
 
 
-async def test_sixteen_clients_share_batches(server: Any, jp_fetch: Any, fakes: Fakes) -> None:
+async def test_clients_share_batches(server: Any, jp_fetch: Any, fakes: Fakes) -> None:
     gate = threading.Semaphore(0)
     fakes.make = lambda: FakeBackend(gate=gate)
-    texts = [f"client {i} says " + "word " * 10 for i in range(16)]
+    texts = [f"client {i} says " + "word " * 10 for i in range(8)]
     waiting = asyncio.gather(
         *(jp_fetch(*CHAT, method="POST", body=chat(text, stream=i % 2 == 0)) for i, text in
           enumerate(texts))
     )  # fmt: skip
-    await _until(lambda: fakes.models and fakes.models[0].active == 16)
+    await _until(lambda: fakes.models and fakes.models[0].active == 8)
     gate.release(1000)
     for text, response in zip(texts, await waiting, strict=True):
         assert all(word in response.body.decode() for word in text.split())
-    assert max(fakes.made[0].batches) == 16
+    assert max(fakes.made[0].batches) == 8
 
 
 async def test_bodies_name_no_path(server: Any, jp_fetch: Any, tmp_path: Any) -> None:
