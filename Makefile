@@ -65,6 +65,7 @@ notebooks: $(VENV)/.test ## The notebooks still say what they say
 bench: $(VENV)/.test ## Ratios to the raw loop, the host's cost of a step, the cost of starting
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/report.py
 
 clean: ## Remove the virtual environment and what was built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/results

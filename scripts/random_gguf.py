@@ -58,6 +58,7 @@ def write(
     seed: int = 0,
     nan: bool = False,
     add_bos: bool = False,
+    pre: str = "gpt-2",
 ) -> Path:
     """Write the model; with `nan` its last norm is not a number, and so is every logit."""
     random = np.random.default_rng(seed)
@@ -74,7 +75,7 @@ def write(
     w.add_rope_dimension_count(shape.head_width)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_vocab_size(shape.vocabulary)
-    _add_vocabulary(w, shape.vocabulary, add_bos=add_bos)
+    _add_vocabulary(w, shape.vocabulary, add_bos=add_bos, pre=pre)
     if template is not None:
         w.add_chat_template(template)
 
@@ -111,13 +112,13 @@ def write(
     return path
 
 
-def _add_vocabulary(w: gguf.GGUFWriter, size: int, *, add_bos: bool) -> None:
+def _add_vocabulary(w: gguf.GGUFWriter, size: int, *, add_bos: bool, pre: str) -> None:
     singles = byte_tokens()
     filler = [f"{singles[97 + i % 26]}{i}" for i in range(size - len(singles) - len(SPECIAL) - 1)]
     tokens = [*singles, "ab", *filler, *SPECIAL]
     kinds = [gguf.TokenType.NORMAL] * (size - len(SPECIAL)) + [gguf.TokenType.CONTROL] * 3
     w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("gpt-2")
+    w.add_tokenizer_pre(pre)
     w.add_token_list(tokens)
     w.add_token_types(kinds)
     w.add_token_merges(["a b"])

@@ -10,6 +10,7 @@ ShimmyError
 ├── NotFound                           404  not_found
 ├── MethodNotAllowed                   405  method_not_allowed
 ├── AccessDenied                       403  policy_denied
+├── DeadlineExceeded                   408  deadline_exceeded
 ├── QueueFull                          503  queue_full
 ├── ModelLoadFailed                    503  model_load_failed
 ├── GenerationFailed                   500  generation_failed: this sequence alone
@@ -107,6 +108,11 @@ class AccessDenied(ShimmyError):
     code = "policy_denied"
     status = 403
     type = "permission_error"
+
+
+class DeadlineExceeded(ShimmyError):
+    code = "deadline_exceeded"
+    status = 408
 
 
 class QueueFull(ShimmyError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .messages import Row
 
-_TILE = 64
+TILE = 64
 """From this many rows on, flash attention on a processor sums in tiles, in another order."""
 
 
@@ -21,7 +21,7 @@ def calls(rows: tuple[Row, ...]) -> list[list[Row]]:
     for row in rows:
         if len(row.tokens) == 1:
             continue
-        if prompts and size + len(row.tokens) >= _TILE:
+        if prompts and size + len(row.tokens) >= TILE:
             shared.append(prompts)
             prompts, size = [], 0
         prompts.append(row)

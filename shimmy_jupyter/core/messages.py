@@ -16,7 +16,8 @@ class Capacity:
     """What one loaded model can hold.
 
     `slots` sequences at a time; `kv_tokens` cells of KV cache shared by all of them;
-    `context_size` tokens for any one; `batch_tokens` rows in one step; `queue` waiting sequences.
+    `context_size` tokens for any one; `batch_tokens` rows in one step; `queue` waiting sequences;
+    `patience` seconds with a reader that does not read.
     """
 
     slots: int
@@ -24,6 +25,7 @@ class Capacity:
     context_size: int
     batch_tokens: int
     queue: int
+    patience: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 Admission is first come, first served: the oldest queued sequence waits until a slot and its whole
 KV reservation (prompt + max_tokens) are free, and nobody overtakes it. A step holds one row for
-every sequence that is decoding, then as much of the waiting prompts as the batch has room for; a
-prompt that is not first in line is taken whole or left for the next step.
+every sequence that is decoding, then the first waiting prompt as far as the batch has room, then
+others that can share its native call. So the sequences that decode wait for one prompt at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from ..types import Ended, Failure, FinishReason
 from . import messages as m
+from .grouping import TILE
 from .sequence import Sequence, State
 from .text import TextAssembler
 
@@ -87,6 +88,7 @@ class Scheduler:
         sequence = self.sequences.get(event.id)
         if sequence is not None:
             sequence.reader_full = True
+            sequence.reader_full_since = now
             if sequence.state is State.DECODE and not sequence.in_step:
                 sequence.state = State.PAUSED
         return []
@@ -102,7 +104,7 @@ class Scheduler:
     def _engine_ready(self, event: m.EngineReady, now: float) -> list[m.Instruction]:
         if self.step is not None or self.halted is not None:
             return []
-        instructions = self._admit(now)
+        instructions = self._give_up_on_readers(now) + self._admit(now)
         rows = self._plan()
         if rows:
             self.step = m.Step(rows)
@@ -145,6 +147,17 @@ class Scheduler:
 
     # Planning
 
+    def _give_up_on_readers(self, now: float) -> list[m.Instruction]:
+        """A sequence that is paused holds a slot and KV room that others may be waiting for."""
+        patience = self.capacity.patience
+        failure = Failure("deadline_exceeded", f"the answer was not read for {patience:.0f} s")
+        return [
+            instruction
+            for sequence in list(self.running.values())
+            if sequence.state is State.PAUSED and now - sequence.reader_full_since > patience
+            for instruction in self._end(sequence, FinishReason.ERROR, now, failure)
+        ]
+
     def _admit(self, now: float) -> list[m.Instruction]:
         instructions: list[m.Instruction] = []
         while self.queue and self.free_slots:
@@ -170,19 +183,19 @@ class Scheduler:
                 rows.append(m.Row(sequence.slot, sequence.cached, (sequence.last_token,), True))
                 sequence.in_step = True
                 room -= 1
-        first = True
+        prefill = 0
         for sequence in self.running.values():
             if sequence.state is not State.PREFILL or not room:
                 continue
             left = len(sequence.prompt) - sequence.cached
             take = min(left, room)
-            if take < left and not first:
+            if prefill and (take < left or prefill + take >= TILE):
                 continue
-            first = False
             tokens = sequence.prompt[sequence.cached : sequence.cached + take]
             rows.append(m.Row(sequence.slot, sequence.cached, tokens, take == left))
             sequence.in_step = True
             room -= take
+            prefill += take
         return tuple(rows)
 
     # Outcomes

@@ -57,6 +57,7 @@ class Sequence:
     last_token_at: float | None = None
     in_step: bool = False
     reader_full: bool = False
+    reader_full_since: float = 0.0
 
     @property
     def reserved(self) -> int:

@@ -172,7 +172,11 @@ class Engine:
 
     def _events(self, *, wait: bool) -> Iterable[m.Event]:
         if wait:
-            yield self._inbox.get()
+            try:
+                # Those who are paused are looked at once a second; otherwise nothing happens.
+                yield self._inbox.get(timeout=1.0 if self._streams else None)
+            except queue.Empty:
+                return
         while not self._inbox.empty():
             yield self._inbox.get()
 

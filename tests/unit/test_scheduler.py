@@ -7,6 +7,8 @@ order, no more tokens than asked, KV opened and closed once.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -118,6 +120,19 @@ def test_decoding_rows_go_before_prompts_and_a_second_prompt_is_not_split() -> N
     assert {i: len(r.tokens) for i, r in d.plan().items()} == {1: 1, 2: 1, 3: 6}
 
 
+def test_one_large_prompt_a_step_and_small_ones_together() -> None:
+    d = Driver(m.Capacity(slots=8, kv_tokens=4096, context_size=512, batch_tokens=512, queue=8))
+    for id, size in enumerate((100, 200, 10, 20, 40), start=1):
+        d.handle(submitted(id, prompt=size))
+    assert list(d.plan()) == [1]
+    d.decode()
+    assert list(d.plan()) == [1, 2]
+    d.decode()
+    assert list(d.plan()) == [1, 2, 3, 4]
+    d.decode()
+    assert list(d.plan()) == [1, 2, 3, 4, 5]
+
+
 def test_nobody_overtakes_the_one_that_waits_for_room() -> None:
     d = Driver()
     d.handle(submitted(1, prompt=10, max_tokens=22))
@@ -194,6 +209,25 @@ def test_full_while_in_a_step_pauses_after_it() -> None:
     d.decode()
     assert d.scheduler.sequences[1].state is State.PAUSED
     assert d.plan() == {}
+
+
+def test_patience_with_a_reader_ends() -> None:
+    d = Driver(replace(CAPACITY, patience=10))
+    d.handle(submitted(1, max_tokens=20))
+    d.handle(submitted(2, max_tokens=20))
+    d.plan()
+    d.decode()
+    d.handle(m.ReaderFull(1))
+    d.now += 9
+    assert set(d.plan()) == {2}
+    assert 1 in d.scheduler.sequences
+    d.decode()
+    d.now += 1
+    assert set(d.plan()) == {2}
+    failure = d.ended(1).ended.failure
+    assert failure is not None
+    assert failure.code == "deadline_exceeded"
+    assert not d.handle(m.ReaderReady(1))
 
 
 def test_failed_step_ends_those_in_it_only() -> None:
