@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 import time
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from jupyter_server.auth.decorator import authorized
@@ -15,6 +13,7 @@ from tornado.iostream import StreamClosedError
 
 from ...errors import Cancelled, RequestTooLarge
 from ...service import Completion
+from .. import answers
 from .base import ShimmyHandler
 
 _SMALL = 64 * 1024
@@ -78,7 +77,7 @@ class _GeneratingHandler(ShimmyHandler):
                 # The client went away; leaving the block frees its sequence.
                 self.log.debug("request %s: the client disconnected", self.request_id)
 
-    async def _stream(self, writer: Any, completion: Completion) -> None:
+    async def _stream(self, writer: answers.EventWriter, completion: Completion) -> None:
         # Headers go with the first event, so a request that fails before it keeps its status.
         async for data in writer.events(completion):
             if not self._headers_written:
@@ -94,12 +93,12 @@ class _Api:
     """The parsing and answering of one endpoint."""
 
     def __init__(self, *, chat: bool) -> None:
-        requests: Any = importlib.import_module("shimmy_jupyter.server.requests")
-        answers: Any = importlib.import_module("shimmy_jupyter.server.answers")
+        from .. import requests
+
         shape = answers.CHAT if chat else answers.COMPLETION
-        self.parse: Callable[..., Any] = requests.parse_chat if chat else requests.parse_completion
-        self.writer: Callable[..., Any] = lambda *args: answers.EventWriter(shape, *args)
-        self.body: Callable[..., Any] = lambda *args: answers.body(shape, *args)
+        self.parse = requests.parse_chat if chat else requests.parse_completion
+        self.writer = functools.partial(answers.EventWriter, shape)
+        self.body = functools.partial(answers.body, shape)
 
     _loaded: ClassVar[dict[bool, _Api]] = {}
 
