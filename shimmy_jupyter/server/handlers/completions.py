@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jupyter_server.auth.decorator import authorized
 from tornado import web
