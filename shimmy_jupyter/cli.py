@@ -16,7 +16,7 @@ from .notebook.client import events
 from .notebook.display import clean
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="shimmy")
 def main() -> None:
     """A local language model, the one that your Jupyter server would run."""
@@ -52,6 +52,8 @@ def models(*, as_json: bool) -> None:
 def generate(prompt: str, *, stats: bool, system: str | None, **options: Any) -> None:
     """Answer PROMPT; "-" reads it from standard input."""
     text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise click.UsageError("the prompt is empty")
     messages = [{"role": "system", "content": system}] if system else []
     body = {name: value for name, value in options.items() if value is not None}
     body |= {
@@ -91,7 +93,8 @@ class _Local:
     ) -> None:
         self._transport.close()
         if isinstance(error, ShimmyError):
-            raise click.ClickException(f"{error.message} [{error.code}]") from None
+            field = f" (field {error.param!r})" if error.param else ""
+            raise click.ClickException(f"{error.message}{field} [{error.code}]") from None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ ShimmyError
 ├── QueueFull                          503  queue_full
 ├── ModelLoadFailed                    503  model_load_failed
 ├── GenerationFailed                   500  generation_failed: this sequence alone
+├── Misconfigured                      503  misconfigured: a setting is wrong; says which
 ├── EngineCrashed                      503  engine_crashed: every sequence of that engine
 ├── ShuttingDown                       503  shutting_down
 ├── InternalError                      500  internal_error: a defect of ours, details in the log
@@ -122,6 +123,11 @@ class QueueFull(ShimmyError):
 
 class ModelLoadFailed(ShimmyError):
     code = "model_load_failed"
+    status = 503
+
+
+class Misconfigured(ShimmyError):
+    code = "misconfigured"
     status = 503
 
 

@@ -182,8 +182,14 @@ class LlamaBackend:
                 f"ShimmyEngine.context_size is {context}, but the model knows only {trained}"
             )
         pool = spec.kv_tokens
+        free = _available_memory()
+        if pool * self._kv_bytes_per_token() > free:
+            raise ModelLoadFailed(
+                f"ShimmyEngine.kv_tokens {pool} needs "
+                f"{pool * self._kv_bytes_per_token() / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            )
         if not pool:
-            affordable = _available_memory() // _KV_MEMORY_SHARE // self._kv_bytes_per_token()
+            affordable = free // _KV_MEMORY_SHARE // self._kv_bytes_per_token()
             pool = max(context, min(_DEFAULT_KV_TOKENS, affordable))
         pool = math.ceil(pool / 256) * 256
         return min(context, pool), pool

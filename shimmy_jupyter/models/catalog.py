@@ -44,8 +44,12 @@ def discover(roots: Iterable[Path]) -> list[ModelFile]:
     for root in roots:
         try:
             resolved_root = root.expanduser().resolve(strict=True)
-        except (OSError, RuntimeError, ValueError):
-            log.warning("the models' folder %r cannot be read", str(root))
+            if not resolved_root.is_dir():
+                raise NotADirectoryError
+        except (OSError, RuntimeError, ValueError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            reason = "does not exist" if missing else "is not a folder that can be read"
+            log.warning("ShimmyModels.roots or SHIMMY_MODEL_PATHS: %r %s", str(root), reason)
             continue
         for path in sorted(_files(resolved_root)):
             shard = _LATER_SHARD.search(path.stem)

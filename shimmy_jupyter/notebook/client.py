@@ -85,7 +85,7 @@ class HttpTransport:
             timeout=httpx.Timeout(10.0, read=None),
             trust_env=False,
             # The system's certificates, and what SSL_CERT_FILE names, as for other programs.
-            verify=ssl.create_default_context() if server.url.startswith("https") else True,
+            verify=server.url.startswith("https") and ssl.create_default_context(),
             **uds,  # type: ignore[arg-type]
         )
 

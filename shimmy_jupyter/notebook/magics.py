@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import sys
 import time
@@ -17,16 +19,19 @@ from ..errors import InvalidValue, ShimmyError
 from .client import Connection, events
 from .display import Answer, Pace, clean
 
-_OPTION = re.compile(r"""--([a-z][a-z-]*)(?:\s*=\s*|\s+)("[^"]*"|'[^']*'|\S+)\s*""")
+_OPTION = re.compile(r"""--([a-z][a-z_-]*)(?:\s*=\s*|\s+)("[^"]*"|'[^']*'|\S+)\s*""")
 _T = TypeVar("_T", int, float)
 
 
 def _number(kind: Callable[[str], _T]) -> Callable[[str, str], _T]:
     def read(name: str, value: str) -> _T:
-        try:
-            return kind(value)
-        except ValueError:
-            raise InvalidValue(f"{value!r} is not a number", param=f"--{name}") from None
+        number: _T | None = None
+        with contextlib.suppress(ValueError):
+            number = kind(value)
+        if number is None or not math.isfinite(number):
+            wanted = "a whole number" if kind is int else "a number"
+            raise InvalidValue(f"{value!r} is not {wanted}", param=f"--{name}")
+        return number
 
     return read
 
@@ -55,7 +60,7 @@ def parse_options(line: str) -> tuple[dict[str, Any], str]:
         if rest == "--" or rest[2].isspace():
             return options, rest[2:].strip()
         match = _OPTION.match(rest)
-        name = match[1] if match else rest[2:].split("=")[0].split()[0]
+        name = (match[1] if match else rest[2:].split("=")[0].split()[0]).replace("_", "-")
         if name not in _OPTIONS:
             known = ", ".join(f"--{option}" for option in _OPTIONS)
             raise InvalidValue(f"there is no such option; there are {known}", param=f"--{name}")
@@ -82,7 +87,7 @@ def parse_cell_line(line: str) -> dict[str, Any]:
     return {**options, **more, "model": model}
 
 
-_ASKED = re.compile(r"^(\s*)%shimmy\s+(\S.*\?)\s*$")
+_ASKED = re.compile(r"^(\s*(?:\w+\s*=\s*)?)%shimmy\s+(\S.*\?)\s*$")
 
 
 def questions_are_not_help(lines: list[str]) -> list[str]:
@@ -148,10 +153,10 @@ class ShimmyMagics(Magics):
         self._ask(prompt, options)
 
     def _ask(self, prompt: str, options: dict[str, Any]) -> None:
-        body = self._body(prompt, options)
         view = _View(rich=hasattr(self.shell, "kernel"), stream=self.stream)
-        transport = self.connection.transport()
         try:
+            body = self._body(prompt, options)
+            transport = self.connection.transport()
             with transport.stream("shimmy/v1/chat/completions", body) as chunks:
                 view.follow(events(chunks))
         except KeyboardInterrupt:

@@ -7,9 +7,11 @@ import secrets
 from typing import Any, ClassVar
 
 from jupyter_server.extension.application import ExtensionApp
+from traitlets import TraitError
 
 from ..compose import build_service
-from ..config import CONFIGURABLES, settings
+from ..config import CONFIGURABLES, Settings, settings
+from ..errors import Misconfigured
 from ..service import CompletionService
 from .handlers import ROUTES
 
@@ -22,12 +24,19 @@ class ShimmyApp(ExtensionApp):
     load_other_extensions = True
     classes: ClassVar[list[type]] = list(CONFIGURABLES)  # type: ignore[misc]
 
-    service: CompletionService
+    service: CompletionService | None = None
 
     def initialize_settings(self) -> None:
-        chosen = settings(self.config)
-        self.service = build_service(chosen)
-        self.settings["shimmy_service"] = self.service
+        try:
+            chosen = settings(self.config)
+        except TraitError as error:
+            # The server itself goes on; our routes say what is wrong.
+            self.log.error("shimmy_jupyter cannot answer, as a setting is wrong: %s", error)  # noqa: TRY400
+            self.settings["shimmy_service"] = Misconfigured(str(error))
+            chosen = Settings()
+        else:
+            self.service = build_service(chosen)
+            self.settings["shimmy_service"] = self.service
         self.settings["shimmy_max_request_bytes"] = chosen.max_request_bytes
 
     def initialize_handlers(self) -> None:
@@ -50,10 +59,11 @@ class ShimmyApp(ExtensionApp):
 
     def current_activity(self) -> int:
         """Requests in progress: an idle shutdown must not end them."""
-        return self.service.active
+        return self.service.active if self.service is not None else 0
 
     async def stop_extension(self) -> None:
         assert self.serverapp is not None
         if self.serverapp.web_app.settings.pop("shimmy_kernel_secret", None):
             os.environ.pop("SHIMMY_KERNEL_TOKEN", None)
-        await self.service.close()
+        if self.service is not None:
+            await self.service.close()

@@ -178,7 +178,8 @@ def _validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        raise InvalidValue(first["msg"], param=_field(first["loc"])) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidValue(message, param=_field(first["loc"])) from None
 
 
 def _field(location: tuple[int | str, ...]) -> str | None:

@@ -241,6 +241,26 @@ class TestKernelSecret:
         assert "shimmy_kernel_secret" not in server.web_app.settings
 
 
+class TestMisconfigured:
+    @pytest.fixture
+    def jp_server_config(self, jp_server_config: dict[str, Any]) -> dict[str, Any]:
+        return {**jp_server_config, "ShimmyEngine": {"kv_tokens": -1}}
+
+    async def test_routes_say_so_and_the_server_stops(
+        self, jp_serverapp: Any, http_server_client: Any, url: Any
+    ) -> None:
+        token = token_header(jp_serverapp)
+        for path, method in OURS:
+            status, body = await fetch(http_server_client, url(path), method, headers=token)
+            if "nothing" not in path and method == "GET":
+                error = json.loads(body)["error"]
+                assert (status, error["code"]) == (503, "misconfigured")
+                assert "kv_tokens" in error["message"]
+        (app,) = jp_serverapp.extension_manager.extension_apps["shimmy_jupyter"]
+        assert app.current_activity() == 0
+        await app.stop_extension()
+
+
 class TestPrincipal:
     def principal(self, user: Any) -> Any:
         handler = ShimmyHandler.__new__(ShimmyHandler)

@@ -219,6 +219,9 @@ class TestLoading:
     async def test_more_context_than_the_model_knows(self, random_model: Path) -> None:
         assert "knows only 2048" in await self.refused(random_model, context_size=4096)
 
+    async def test_more_cache_than_memory(self, random_model: Path) -> None:
+        assert "GB are free" in await self.refused(random_model, kv_tokens=10**12)
+
     async def test_sizes(self, random_model: Path) -> None:
         async with loaded(random_model, context_size=300, kv_tokens=1000) as model:
             assert (model.facts.context_size, model.facts.kv_tokens) == (300, 1024)

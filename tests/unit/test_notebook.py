@@ -39,6 +39,7 @@ class TestOptions:
             ("--temperature=0.5 --seed 0 hi --seed", {"temperature": 0.5, "seed": 0}, "hi --seed"),
             ('--system "Be brief." hi', {"system": "Be brief."}, "hi"),
             ("--max-tokens 0 hi", {"max-tokens": 0}, "hi"),
+            ("--max_tokens 0 hi", {"max-tokens": 0}, "hi"),
             ("-- --seed is an option", {}, "--seed is an option"),
             ("--model m -- --x", {"model": "m"}, "--x"),
             ("--", {}, ""),
@@ -55,6 +56,8 @@ class TestOptions:
             ("--temperature", "--temperature"),
             ("--temperature hot hi", "--temperature"),
             ("--seed 1.5 hi", "--seed"),
+            ("--temperature nan hi", "--temperature"),
+            ("--temperature inf hi", "--temperature"),
         ],
     )
     def test_bad_ones_are_named(self, line: str, param: str) -> None:
@@ -81,6 +84,8 @@ class TestQuestions:
         first = ['x = """ \'\'\' """\n', "if x:\n"]
         *_, indented = questions_are_not_help([*first, "    " + line])
         assert indented.startswith("    get_ipython()")
+        (assigned,) = questions_are_not_help(["a = " + line])
+        assert assigned.startswith("a = get_ipython()")
         (new,) = questions_are_not_help([line])
         calls: list[tuple[str, str]] = []
         shell = type("Shell", (), {"run_line_magic": lambda _, *args: calls.append(args)})()

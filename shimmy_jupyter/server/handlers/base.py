@@ -19,6 +19,7 @@ from ...errors import (
     InternalError,
     InvalidValue,
     MethodNotAllowed,
+    Misconfigured,
     NotFound,
     RequestTooLarge,
     ShimmyError,
@@ -43,8 +44,9 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
 
     @property
     def service(self) -> CompletionService:
-        service = self.settings["shimmy_service"]
-        assert isinstance(service, CompletionService)
+        service: CompletionService | Misconfigured = self.settings["shimmy_service"]
+        if isinstance(service, Misconfigured):
+            raise Misconfigured(service.message)
         return service
 
     @property
