@@ -49,9 +49,9 @@ class ShimmyEngine(Configurable):
         0,
         min=0,
         help="Tokens of KV cache that all requests to a model share. A request reserves its prompt "
-        "and max_tokens before it starts, and waits while they are not free. 0: 16384, or as many "
-        "as take a quarter of the free memory when the model loads, but never less than one "
-        "context.",
+        "and max_tokens before it starts, and waits while they are not free. 0: a whole context for "
+        "each of max_sequences where that takes at most 256 MiB; else 16384, or as many as take a "
+        "quarter of the free memory when the model loads, but never less than one context.",
     ).tag(config=True)
     default_max_tokens = Int(
         1024, min=1, help="Tokens a request may generate that does not say max_tokens."

@@ -37,6 +37,7 @@ log = logging.getLogger("shimmy_jupyter.llama")
 _DEFAULT_CONTEXT = 8192
 _DEFAULT_KV_TOKENS = 16384
 _KV_MEMORY_SHARE = 4
+_OWN_CACHES_BYTES = 256 << 20
 _SEED_SPACE = 2**32 - 1  # llama.cpp reads 2**32 - 1 itself as "random"
 _NOT_FINITE = Failure(
     "generation_failed",
@@ -127,7 +128,7 @@ class LlamaBackend:
             raise ModelLoadFailed("this model has an encoder: it cannot continue a prompt")
         self._vocabulary = quick.llama_model_get_vocab(self._model)
         self._vocabulary_size = quick.llama_vocab_n_tokens(self._vocabulary)
-        context_size, kv_tokens = self._sizes(spec)
+        context_size, kv_tokens, own = self._sizes(spec)
         threads = spec.threads or available_threads()
         params = native.llama_context_default_params()
         params.n_ctx = kv_tokens
@@ -136,7 +137,7 @@ class LlamaBackend:
         params.n_outputs_max = spec.slots
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_AUTO
-        params.kv_unified = True
+        params.kv_unified = not own
         params.no_perf = True
         self._context = native.llama_init_from_model(self._model, params)
         if not self._context:
@@ -169,11 +170,12 @@ class LlamaBackend:
             special_tokens=tuple(self._special(texts)),
         )
 
-    def _sizes(self, spec: LoadSpec) -> tuple[int, int]:
-        """Context per sequence and KV pool, in tokens; both multiples of 256 as llama.cpp rounds.
+    def _sizes(self, spec: LoadSpec) -> tuple[int, int, bool]:
+        """Context per sequence and KV pool, in tokens, and whether each slot has its own part of it.
 
-        What is not set follows the model: its trained context up to 8,192, and a pool of 16,384,
-        unless the KV cache would then take more than a quarter of the memory that is free.
+        What is not set follows the model: its trained context up to 8,192; a whole context for each
+        slot where all of them are small, for then the others' cells cannot change an answer; else
+        a pool of 16,384 for all, or as much as takes a quarter of the memory that is free.
         """
         trained = quick.llama_model_n_ctx_train(self._model)
         context = spec.context_size or min(trained, _DEFAULT_CONTEXT)
@@ -188,11 +190,14 @@ class LlamaBackend:
                 f"ShimmyEngine.kv_tokens {pool} needs "
                 f"{pool * self._kv_bytes_per_token() / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             )
+        whole = math.ceil(context / 256) * 256
+        if not pool and spec.slots * whole * self._kv_bytes_per_token() <= _OWN_CACHES_BYTES:
+            return context, spec.slots * whole, True
         if not pool:
             affordable = free // _KV_MEMORY_SHARE // self._kv_bytes_per_token()
             pool = max(context, min(_DEFAULT_KV_TOKENS, affordable))
         pool = math.ceil(pool / 256) * 256
-        return min(context, pool), pool
+        return min(context, pool), pool, False
 
     def _kv_bytes_per_token(self) -> int:
         """Keys and values of all layers, 2 bytes an element (F16, the cache's default type)."""
