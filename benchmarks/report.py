@@ -34,7 +34,7 @@ Made by `make bench` from one run; do not edit. Ratios carry over to other machi
 beside them do not: this one is shared and noisy.
 
 Machine: {http["cores"]} cores ({http["machine"]}), {http["threads"]} threads, Python {http["python"]}.
-Model: random weights in the shape of Qwen3-0.6B, {http["model"]}, made by the benchmark.
+Model: random weights in the shape of Qwen3-0.6B, Q8_0, made by the benchmark.
 
 ## What reaches a client
 
@@ -51,8 +51,8 @@ The physical limit of one stream is memory: each token reads all weights once. B
 column lie the engine (raw loop) and our own work for each step (below), most of which overlaps
 with the next step's decoding on another thread, which it slows down as cores are scarce. First tokens
 of many clients at once come later than in the raw loop because the prompts are decoded in the order
-in which they come, a batch of them before the sequences that decode get their next turn; sizing
-these slices by time is the next piece of work.
+in which they come, one beside each step of the sequences that decode already, whose tokens go on
+meanwhile; sizing these slices by time is the next piece of work.
 
 ## What a step costs besides the model
 

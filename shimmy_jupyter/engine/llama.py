@@ -1,7 +1,7 @@
 """The backend on llama-cpp-python's low-level API, and the only importer of `llama_cpp`.
 
-One context holds every sequence in a unified KV cache; one `llama_decode` serves all rows of a
-step; each slot has its own sampler chain. Native failures become `errors.py` here and nowhere
+One context holds every sequence; one `llama_decode` serves all that decode, and others the prompts
+(`core.grouping`); each slot has its own sampler chain. Native failures become `errors.py` here and nowhere
 else. Short native calls keep the GIL (`ctypes.PyDLL`): giving it up for 150 ns would hand it to
 whatever else is running Python in the server for up to 5 ms. Only decoding, loading and
 tokenizing release it.
