@@ -1,7 +1,7 @@
 """A random-weight llama-architecture GGUF, made in a moment. It answers nonsense, for real.
 
 With a byte-level vocabulary of the shape that is asked for, any chat template, and weights in
-F32, F16 or Q8_0. The same seed gives the same bytes. Also runnable by the benchmarks.
+F32, Q8_0 or Q4_0. The same seed gives the same bytes. The benchmarks use it too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_PLAIN = 257  # the bytes and the one merge
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,34 @@ class Shape:
     vocabulary: int = 320
     context: int = 2048
 
+    @property
+    def weights(self) -> int:
+        """Elements of all matrices. A token reads each once: the tied embedding as the output."""
+        attention = 2 * self.width * self.head_width * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.width * self.hidden) + (
+            self.vocabulary * self.width
+        )
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of one token in F16."""
+        return 4 * self.layers * self.kv_heads * self.head_width
+
 
 TINY = Shape()
 QWEN_06B = Shape(
     layers=28, width=1024, heads=16, kv_heads=8, head_width=128, hidden=3072, vocabulary=151936,
     context=32768,
 )  # fmt: skip
-"""The shape of Qwen3-0.6B: 0.6 billion parameters, half of them in the tied embedding."""
+"""The shape of Qwen3-0.6B: 0.6 billion parameters, a quarter of them in the tied embedding."""
+LLAMA_3B = Shape(
+    layers=28, width=3072, heads=24, kv_heads=8, head_width=128, hidden=8192, vocabulary=128256,
+    context=32768,
+)  # fmt: skip
+"""The shape of Llama-3.2-3B: 3.2 billion parameters."""
+
+_UNLIKELY = 0.125
+"""A token whose row of the tied embedding is this much smaller is never among the likely ones."""
 
 
 def byte_tokens() -> list[str]:
@@ -53,14 +75,20 @@ def write(
     path: Path,
     shape: Shape = TINY,
     *,
-    quantized: bool = False,
+    quantized: bool | str = False,
+    words: bool = False,
     template: str | None = CHATML,
     seed: int = 0,
     nan: bool = False,
     add_bos: bool = False,
     pre: str = "gpt-2",
 ) -> Path:
-    """Write the model; with `nan` its last norm is not a number, and so is every logit."""
+    """Write the model; with `nan` its last norm is not a number, and so is every logit.
+
+    `quantized` is "Q8_0" (or True) or "Q4_0". With `words` every sampled token (top-k) is a letter
+    and a number: no answer ends by itself, all of it is ASCII, and its letters count its tokens.
+    """
+    kind = gguf.GGMLQuantizationType["Q8_0" if quantized is True else quantized or "F32"]
     random = np.random.default_rng(seed)
     w = gguf.GGUFWriter(str(path), "llama")
     w.add_name("random")
@@ -82,8 +110,10 @@ def write(
     def matrix(name: str, rows: int, columns: int) -> None:
         data = random.standard_normal((rows, columns), dtype=np.float32)
         data *= columns**-0.5
+        if words and name == "token_embd.weight":
+            data[:_PLAIN] *= _UNLIKELY
+            data[-len(SPECIAL) :] *= _UNLIKELY
         if quantized:
-            kind = gguf.GGMLQuantizationType.Q8_0
             w.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             w.add_tensor(name, data)

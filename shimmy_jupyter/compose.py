@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from .config import Settings
-from .engine.backend import Backend, LoadSpec
+from .engine.backend import Backend, LoadSpec, Sharing
 from .engine.model import LoadedModel
 from .errors import InternalError, NotFound, ShimmyError
 from .models.catalog import ModelFile, discover
@@ -38,6 +38,12 @@ def llama_backend() -> Backend:
     return LlamaBackend()
 
 
+def isolated_backend() -> Backend:
+    from .engine.isolated import IsolatedBackend
+
+    return IsolatedBackend()
+
+
 def build_service(settings: Settings) -> CompletionService:
     """The service on the real engine. Loads nothing until it is asked."""
 
@@ -46,14 +52,21 @@ def build_service(settings: Settings) -> CompletionService:
             path=str(file.path),
             context_size=settings.context_size,
             kv_tokens=settings.kv_tokens,
-            slots=settings.max_sequences,
+            sequences=settings.max_sequences,
             threads=settings.threads,
             gpu_layers=settings.gpu_layers,
+            nice=settings.nice,
         )
-        return await LoadedModel.load(llama_backend, spec, queue_size=settings.max_queue)
+        return await LoadedModel.load(backend, spec, queue_size=settings.max_queue, sharing=sharing)
 
+    backend = isolated_backend if settings.isolation == "process" else llama_backend
+    sharing = Sharing(settings.weights, settings.saved_kv_bytes, settings.public_prefixes)
     pool = ModelPool(lambda: discover(settings.roots), load)
-    return CompletionService(pool, default_max_tokens=settings.default_max_tokens)
+    return CompletionService(
+        pool,
+        default_max_tokens=settings.default_max_tokens,
+        max_seconds=settings.max_seconds,
+    )
 
 
 class LocalTransport:

@@ -9,12 +9,12 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jupyter_core.paths import jupyter_config_path
-from traitlets import Int, List, TraitError, TraitType, Unicode
+from traitlets import Dict, Enum, Float, Int, List, TraitError, TraitType, Unicode
 from traitlets.config import Config, Configurable
 from traitlets.config.loader import ConfigFileNotFound, JSONFileConfigLoader, PyFileConfigLoader
 
@@ -27,11 +27,15 @@ class Bytes(TraitType[int, "int | str"]):
 
     info_text = 'a size in bytes, such as 1048576 or "1MB"'
 
+    def __init__(self, default: int, *, allow_zero: bool = False, **metadata: Any) -> None:
+        super().__init__(default, **metadata)
+        self._least = 0 if allow_zero else 1
+
     def validate(self, obj: Any, value: Any) -> int:
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= self._least:
             return value
         match = _SIZE.match(value) if isinstance(value, str) else None
-        if match is None or not float(match[1]):
+        if match is None or (self._least and not float(match[1])):
             raise TraitError(f"{self.name} must be {self.info_text}, not {value!r}")
         return int(float(match[1]) * _UNITS[match[2].upper()])
 
@@ -57,16 +61,51 @@ class ShimmyEngine(Configurable):
         1024, min=1, help="Tokens a request may generate that does not say max_tokens."
     ).tag(config=True)
     max_sequences = Int(
-        32, min=1, max=256, help="Requests that a model decodes together; further ones wait."
+        32,
+        min=1,
+        max=128,
+        help="Requests of one user that a model decodes together; further ones wait. A quarter more "
+        "is for others.",
     ).tag(config=True)
     max_queue = Int(
         256, min=1, help="Requests that may wait for a model; further ones get queue_full."
     ).tag(config=True)
     threads = Int(
-        0, min=0, help="Threads that decode. 0: as many processors as this process may use."
+        0,
+        min=0,
+        help="Threads that decode, always. 0: as many as the process may use processors, and fewer "
+        "while others are busy on them.",
+    ).tag(config=True)
+    nice = Int(
+        0,
+        min=0,
+        max=19,
+        help="Added to the scheduling priority number of the threads that decode (Linux). With 10 "
+        "a single busy process can starve the engine.",
     ).tag(config=True)
     gpu_layers = Int(
-        -1, min=-1, help="Layers to offload, where the build can. -1: all of them."
+        -1, min=-1, help="Layers to offload, where the build can. -1: as many as fit."
+    ).tag(config=True)
+    isolation = Enum(
+        ["none", "process"],
+        "none",
+        help='"none": the model runs in this server\'s process. "process": in a child process, whose '
+        "crash, or death for want of memory, the server survives.",
+    ).tag(config=True)
+    public_prefixes = List(
+        Unicode(),
+        help="Texts with which prompts begin, or system messages, whose computed KV everybody may "
+        "share. Otherwise nobody finds what another's prompt has left in the cache.",
+    ).tag(config=True)
+    saved_kv = Bytes(
+        256 << 20,
+        allow_zero=True,
+        help="Host memory for KV of earlier prompts that the cache has no room for. 0: none.",
+    ).tag(config=True)
+    weights = Dict(
+        value_trait=Float(min=0.01),
+        key_trait=Unicode(),
+        help="Users' shares of the engine when they compete for it. 1 for whoever is not named.",
     ).tag(config=True)
 
 
@@ -86,6 +125,12 @@ class ShimmyLimits(Configurable):
     max_request_size = Bytes(
         8 << 20, help='Most bytes in the body of a request, such as "8MB".'
     ).tag(config=True)
+    max_seconds = Float(
+        None,
+        min=0.001,
+        allow_none=True,
+        help="Most seconds that a request may take, waiting included. None: as long as it takes.",
+    ).tag(config=True)
 
 
 CONFIGURABLES: tuple[type[Configurable], ...] = (ShimmyEngine, ShimmyModels, ShimmyLimits)
@@ -102,6 +147,12 @@ class Settings:
     max_queue: int = 256
     threads: int = 0
     gpu_layers: int = -1
+    nice: int = 0
+    isolation: str = "none"
+    public_prefixes: tuple[str, ...] = ()
+    saved_kv_bytes: int = 256 << 20
+    weights: Mapping[str, float] = field(default_factory=dict)
+    max_seconds: float | None = None
     roots: tuple[Path, ...] = ()
     max_request_bytes: int = 8 << 20
 
@@ -120,6 +171,12 @@ def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Set
         max_queue=engine.max_queue,
         threads=engine.threads,
         gpu_layers=engine.gpu_layers,
+        nice=engine.nice,
+        isolation=engine.isolation,
+        public_prefixes=tuple(engine.public_prefixes),
+        saved_kv_bytes=engine.saved_kv,
+        weights=dict(engine.weights),
+        max_seconds=limits.max_seconds,
         roots=tuple(Path(path) for path in paths if path),
         max_request_bytes=limits.max_request_size,
     )

@@ -15,7 +15,8 @@ ShimmyError
 ├── ModelLoadFailed                    503  model_load_failed
 ├── GenerationFailed                   500  generation_failed: this sequence alone
 ├── Misconfigured                      503  misconfigured: a setting is wrong; says which
-├── EngineCrashed                      503  engine_crashed: every sequence of that engine
+├── EngineCrashed                      503  engine_crashed: the sequences of that step
+│   └── EngineLost                 503  engine_crashed: every sequence of that engine
 ├── ShuttingDown                       503  shutting_down
 ├── InternalError                      500  internal_error: a defect of ours, details in the log
 ├── ServerUnreachable                  502  server_unreachable: only raised in a kernel
@@ -140,6 +141,10 @@ class EngineCrashed(ShimmyError):
     status = 503
 
 
+class EngineLost(EngineCrashed):
+    """Nothing more can be asked of it; another must be loaded."""
+
+
 class ShuttingDown(ShimmyError):
     code = "shutting_down"
     status = 503
@@ -170,7 +175,8 @@ def all_errors() -> list[type[ShimmyError]]:
 
 def from_code(code: str, message: str, **details: Any) -> ShimmyError:
     """The exception for a stable code, as read from a `Failure` or from the wire."""
-    cls = next((c for c in reversed(all_errors()) if c.code == code), InternalError)
+    known = (c for c in reversed(all_errors()) if c.code == code and c is not EngineLost)
+    cls = next(known, InternalError)
     return cls(message, **details)
 
 

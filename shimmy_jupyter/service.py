@@ -5,11 +5,12 @@ tests all come through here.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
+from .core.messages import Progress
 from .engine.model import LoadedModel
 from .engine.stream import TokenStream
 from .errors import Cancelled, ContextLengthExceeded, InvalidValue
@@ -58,6 +59,9 @@ def _engine_health(loaded: list[LoadedModel]) -> Dependency:
         return Dependency(
             "engine", "down", "llama-cpp-python is not installed", "pip install llama-cpp-python"
         )
+    notes = sorted({note for model in loaded for note in model.facts.notes})
+    if notes:
+        return Dependency("engine", "degraded", "; ".join(notes), "see docs/install.md")
     return Dependency(
         "engine", "ok", f"{len(loaded)} models loaded" if loaded else "not in use yet"
     )
@@ -94,6 +98,17 @@ class Completion:
         if not texts and self.ended.reason is FinishReason.CANCELLED:
             raise Cancelled("the request was cancelled")
         return texts
+
+    async def wait(self, seconds: float) -> bool:
+        """Whether there is something to read, the end too, within so many seconds."""
+        return self.stream is None or await self.stream.wait(seconds)
+
+    def waiting(self) -> Progress | None:
+        """What it waited for a moment ago, None if that is not known yet; asks again."""
+        if self.stream is None:
+            return None
+        self.stream.ask()
+        return self.stream.progress
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while texts := await self.read():
@@ -133,11 +148,21 @@ class Completion:
 
 
 class CompletionService:
-    """`default_max_tokens` is what a request gets that does not say how much it wants."""
+    """`default_max_tokens` is what a request gets that does not say how much it wants.
 
-    def __init__(self, pool: ModelPool[LoadedModel], *, default_max_tokens: int = 1024) -> None:
+    `max_seconds` is the most that any request may take, None for as long as it takes.
+    """
+
+    def __init__(
+        self,
+        pool: ModelPool[LoadedModel],
+        *,
+        default_max_tokens: int = 1024,
+        max_seconds: float | None = None,
+    ) -> None:
         self.pool = pool
         self.default_max_tokens = default_max_tokens
+        self.max_seconds = max_seconds
 
     async def start(self, request: CompletionRequest) -> Completion:
         """Resolve the model, count the prompt exactly, refuse what cannot fit, queue the rest."""
@@ -147,8 +172,18 @@ class CompletionService:
         max_tokens = self._room(request, len(prompt), model.facts)
         if max_tokens == 0:
             return Completion(request, len(prompt), None)
+        sampling = request.sampling
+        if request.reproducible and sampling.seed is None:
+            sampling = replace(sampling, seed=0)
+        limits = [t for t in (request.max_seconds, self.max_seconds) if t is not None]
         stream = model.submit(
-            request.principal.name, prompt, max_tokens, request.sampling, request.stop
+            request.principal.name,
+            prompt,
+            max_tokens,
+            sampling,
+            request.stop,
+            reproducible=request.reproducible,
+            max_seconds=min(limits, default=None),
         )
         return Completion(request, len(prompt), stream)
 

@@ -71,6 +71,10 @@ class CompletionRequest:
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    reproducible: bool = False
+    """The same bytes every time, on one machine and engine build, whatever else is going on."""
+    max_seconds: float | None = None
+    """From submission to the end; then the request fails with `deadline_exceeded`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +138,15 @@ class ModelFacts:
     """Bytes of text that one token can stand for, at most."""
     special_tokens: tuple[str, ...] = ()
     """Texts that are one token wherever they stand in a prompt."""
+    slots: int = 32
+    """Places in the KV cache, for sequences and for prefixes that are kept."""
+    can_copy: bool = True
+    """Whether a slot may take part of another's KV."""
+    can_trim: bool = True
+    """Whether a slot's KV can be cut short; recurrent models can only forget all of it."""
+    kv_bytes_per_token: int = 1
+    threads: int = 1
+    """Threads that may compute, at most."""
+    offloaded_layers: int = 0
+    notes: tuple[str, ...] = ()
+    """What an administrator should know, such as a GPU that this build cannot use."""

@@ -6,18 +6,25 @@ backend in this process or one behind a socket.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..types import Ended, Failure, Sampling
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What one loaded model can hold.
+    """What one loaded model can hold, and how it is shared.
 
-    `slots` sequences at a time; `kv_tokens` cells of KV cache shared by all of them;
-    `context_size` tokens for any one; `batch_tokens` rows in one step; `queue` waiting sequences;
-    `patience` seconds with a reader that does not read.
+    `slots` places in the KV cache, for sequences and for prefixes that are kept; `sequences` that
+    one principal may have running; `kv_tokens` cells of KV cache for all slots together;
+    `context_size` tokens for any one sequence; `batch_tokens` rows in one step; `queue` waiting
+    sequences; `patience` seconds with a reader that does not read.
+
+    `step_seconds` is what a step may take that holds a prompt while others decode,
+    `prompt_seconds` while nobody does. `can_copy`: whether a slot may take part of another's KV;
+    `can_trim`: whether a slot's KV can be cut short. `saved_tokens` of KV fit into host memory.
+    `weights` are the shares of principals; 1 for whoever is not named.
     """
 
     slots: int
@@ -25,7 +32,19 @@ class Capacity:
     context_size: int
     batch_tokens: int
     queue: int
+    sequences: int = 32
     patience: float = 60.0
+    step_seconds: float = 0.15
+    prompt_seconds: float = 0.5
+    can_copy: bool = True
+    can_trim: bool = True
+    saved_tokens: int = 0
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def private_slot(self) -> int:
+        """The slot that stands for the context that a reproducible sequence has for itself."""
+        return self.slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +84,25 @@ class Submitted:
     max_tokens: int
     sampling: Sampling
     stop: tuple[str, ...] = ()
+    reproducible: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class CancelRequested:
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """The time that this request was given is over."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressAsked:
+    """Somebody would like to know what this sequence is waiting for."""
+
     id: int
 
 
@@ -85,13 +119,32 @@ class ReaderReady:
 
 
 @dataclass(frozen=True, slots=True)
+class PublicDeclared:
+    """Token sequences at the beginning of prompts that all principals may share."""
+
+    prefixes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineReady:
     """Nothing is being decoded: the next step may be planned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
+    """The step is done. `seconds` is what it took, as measured around the native call.
+
+    `threads` is how many computed it: times with different numbers are not compared.
+    """
+
     sampled: tuple[Sampled, ...]
+    seconds: float = 0.0
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepAborted:
+    """The step was stopped amid its work and has left nothing behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +164,14 @@ class Halted:
 Event = (
     Submitted
     | CancelRequested
+    | DeadlinePassed
+    | ProgressAsked
     | ReaderFull
     | ReaderReady
+    | PublicDeclared
     | EngineReady
     | Stepped
+    | StepAborted
     | StepFailed
     | Halted
 )
@@ -124,23 +181,73 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class OpenSlot:
-    """Prepare a slot for a new sequence; `recent` are its last prompt tokens, for penalties."""
+    """Give a slot a sampler for a new sequence; `recent` are its last prompt tokens, for penalties.
+
+    The KV that the slot holds stays. `private_tokens` is set for the private slot alone: the size of
+    the context to make for it.
+    """
 
     slot: int
     sampling: Sampling
     recent: tuple[int, ...]
+    private_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class CloseSlot:
-    """Forget a slot's KV and sampler."""
+    """Free a slot's sampler, and keep the KV of its first `keep` tokens."""
 
+    slot: int
+    keep: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrimSlot:
+    """Forget a slot's KV from position `tokens` on."""
+
+    slot: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPrefix:
+    """Let the empty slot `target` have the KV of the first `tokens` of `source` too."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaveSlot:
+    """Copy a slot's KV to host memory under `key`."""
+
+    slot: int
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreSlot:
+    """Fill an empty slot with the KV that was saved under `key`, which stays saved."""
+
+    key: int
     slot: int
 
 
 @dataclass(frozen=True, slots=True)
+class DropSaved:
+    key: int
+
+
+SlotChange = OpenSlot | CloseSlot | TrimSlot | CopyPrefix | SaveSlot | RestoreSlot | DropSaved
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """Decode these rows in one batch; answered by `Stepped` or `StepFailed`."""
+    """Decode these rows in one native call; answered by `Stepped`, `StepAborted`, `StepFailed`.
+
+    Rows of the private slot are never in one step with others.
+    """
 
     rows: tuple[Row, ...]
 
@@ -152,9 +259,24 @@ class Emit:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """What a sequence without a token is waiting for.
+
+    `position` requests go before it, as things stand; `reason` says for what it waits. Once it is
+    `admitted`, `prompt_done` of its prompt's tokens are in the cache.
+    """
+
+    id: int
+    position: int
+    reason: str
+    admitted: bool = False
+    prompt_done: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     id: int
     ended: Ended
 
 
-Instruction = OpenSlot | CloseSlot | Step | Emit | Finish
+Instruction = SlotChange | Step | Emit | Progress | Finish

@@ -1,44 +1,52 @@
-"""Which tokens go into the next batch. Events in, instructions out; one mutator, no clock.
+"""What happens to sequences. Events in, instructions out; one mutator, no clock.
 
-Admission is first come, first served: the oldest queued sequence waits until a slot and its whole
-KV reservation (prompt + max_tokens) are free, and nobody overtakes it. A step holds one row for
-every sequence that is decoding, then the first waiting prompt as far as the batch has room, then
-others that can share its native call. So the sequences that decode wait for one prompt at a time.
+Who is admitted is decided in `line`, what goes into a step in `planning`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from ..types import Ended, Failure, FinishReason
 from . import messages as m
-from .grouping import TILE
+from .line import Line
+from .pace import Pace
+from .planning import Planner
 from .sequence import Sequence, State
 from .text import TextAssembler
 
-_RUNNABLE = (State.PREFILL, State.DECODE)
-
 
 class Scheduler:
-    """Owns every `Sequence`. `handle` is the only way in; `now` is seconds on any steady clock."""
+    """Owns every `Sequence`. `handle` is the only way in; `now` is seconds on any steady clock.
 
-    def __init__(self, capacity: m.Capacity) -> None:
+    `guess` is the seconds that a prompt token takes, until that has been measured.
+    """
+
+    def __init__(self, capacity: m.Capacity, *, guess: float = 1e-4) -> None:
         self.capacity = capacity
-        self.queue: deque[Sequence] = deque()
-        self.running: OrderedDict[int, Sequence] = OrderedDict()
+        self.line = Line(capacity)
+        self.running: dict[int, Sequence] = {}
         self.sequences: dict[int, Sequence] = {}
-        self.free_slots = list(range(capacity.slots - 1, -1, -1))
-        self.reserved_tokens = 0
         self.step: m.Step | None = None
         self.halted: Failure | None = None
+        self.pace = Pace(
+            batch_tokens=capacity.batch_tokens,
+            step_seconds=capacity.step_seconds,
+            prompt_seconds=capacity.prompt_seconds,
+            guess=guess,
+        )
+        self._planner = Planner(capacity, self.line, self.pace, self._admitted)
         self._handlers: dict[type, Callable[..., list[m.Instruction]]] = {
             m.Submitted: self._submitted,
             m.CancelRequested: self._cancel_requested,
+            m.DeadlinePassed: self._deadline_passed,
             m.ReaderFull: self._reader_full,
             m.ReaderReady: self._reader_ready,
+            m.ProgressAsked: self._progress_asked,
+            m.PublicDeclared: self._public_declared,
             m.EngineReady: self._engine_ready,
             m.Stepped: self._stepped,
+            m.StepAborted: self._step_aborted,
             m.StepFailed: self._step_failed,
             m.Halted: self._halted,
         }
@@ -48,10 +56,19 @@ class Scheduler:
         return self._handlers[type(event)](event, now)
 
     def __repr__(self) -> str:
+        room = self.line.room
         return (
-            f"<Scheduler {len(self.queue)} queued, {len(self.running)} running, "
-            f"{self.reserved_tokens}/{self.capacity.kv_tokens} KV tokens reserved>"
+            f"<Scheduler {len(self.line)} queued, {len(self.running)} running, "
+            f"{room.reserved_tokens}/{self.capacity.kv_tokens} KV tokens reserved, "
+            f"{room.prefixes.kept_tokens} kept>"
         )
+
+    def stepping(self) -> frozenset[int]:
+        """The sequences in the step in progress."""
+        if self.step is None:
+            return frozenset()
+        by_slot = self._by_slot()
+        return frozenset(by_slot[row.slot].id for row in self.step.rows)
 
     # Events
 
@@ -64,25 +81,35 @@ class Scheduler:
             sampling=event.sampling,
             text=TextAssembler(event.stop),
             submitted_at=now,
+            reproducible=event.reproducible,
         )
         if self.halted is not None:
             return [self._ended(sequence, FinishReason.ERROR, now, self.halted)]
-        if len(self.queue) >= self.capacity.queue:
-            waiting = f"{len(self.queue)} requests are waiting already; try again later"
+        if len(self.line) >= self.capacity.queue:
+            waiting = f"{len(self.line)} requests are waiting already; try again later"
             failure = Failure("queue_full", waiting)
             return [self._ended(sequence, FinishReason.ERROR, now, failure)]
         self.sequences[sequence.id] = sequence
-        self.queue.append(sequence)
+        self.line.join(sequence)
         return []
 
     def _cancel_requested(self, event: m.CancelRequested, now: float) -> list[m.Instruction]:
-        sequence = self.sequences.get(event.id)
-        if sequence is None:
+        return self._give_up(self.sequences.get(event.id), None, now)
+
+    def _deadline_passed(self, event: m.DeadlinePassed, now: float) -> list[m.Instruction]:
+        failure = Failure("deadline_exceeded", "the request took longer than its max_seconds")
+        return self._give_up(self.sequences.get(event.id), failure, now)
+
+    def _give_up(
+        self, sequence: Sequence | None, failure: Failure | None, now: float
+    ) -> list[m.Instruction]:
+        if sequence is None or sequence.state is State.CANCELLING:
             return []
+        sequence.failure = failure
         if sequence.in_step:
             sequence.state = State.CANCELLING
             return []
-        return self._end(sequence, FinishReason.CANCELLED, now)
+        return self._end_unwanted(sequence, now)
 
     def _reader_full(self, event: m.ReaderFull, now: float) -> list[m.Instruction]:
         sequence = self.sequences.get(event.id)
@@ -101,28 +128,59 @@ class Scheduler:
                 sequence.state = State.DECODE
         return []
 
+    def _progress_asked(self, event: m.ProgressAsked, now: float) -> list[m.Instruction]:
+        sequence = self.sequences.get(event.id)
+        if sequence is None or sequence.generated:
+            return []
+        if sequence.state is State.QUEUED:
+            position, reason = self.line.position(sequence)
+            return [m.Progress(sequence.id, position, reason)]
+        reading = "its prompt is being read"
+        done = sequence.cached
+        return [m.Progress(sequence.id, 0, reading, admitted=True, prompt_done=done)]
+
+    def _public_declared(self, event: m.PublicDeclared, now: float) -> list[m.Instruction]:
+        self.line.room.prefixes.public = event.prefixes
+        return []
+
     def _engine_ready(self, event: m.EngineReady, now: float) -> list[m.Instruction]:
         if self.step is not None or self.halted is not None:
             return []
-        instructions = self._give_up_on_readers(now) + self._admit(now)
-        rows = self._plan()
+        instructions = self._give_up_on_readers(now)
+        rows = self._planner.rows(now, instructions)
         if rows:
-            self.step = m.Step(rows)
+            self.step = m.Step(tuple(rows))
             instructions.append(self.step)
         return instructions
 
     def _stepped(self, event: m.Stepped, now: float) -> list[m.Instruction]:
         rows, by_slot = self._take_step(), self._by_slot()
         sampled = {s.slot: s for s in event.sampled}
+        if rows and rows[0].slot != self.capacity.private_slot and event.seconds:
+            decoding = sum(by_slot[row.slot].prompt_left == 0 for row in rows)
+            prompt = sum(len(r.tokens) for r in rows if by_slot[r.slot].prompt_left)
+            self.pace.observe(decoding, prompt, event.seconds, event.threads)
         instructions: list[m.Instruction] = []
         for row in rows:
             sequence = by_slot[row.slot]
             sequence.in_step = False
             sequence.cached = row.start + len(row.tokens)
             if sequence.state is State.CANCELLING:
-                instructions += self._end(sequence, FinishReason.CANCELLED, now)
+                instructions += self._end_unwanted(sequence, now)
             elif row.sample:
                 instructions += self._token(sequence, sampled[row.slot], now)
+        return instructions
+
+    def _step_aborted(self, event: m.StepAborted, now: float) -> list[m.Instruction]:
+        rows, by_slot = self._take_step(), self._by_slot()
+        instructions: list[m.Instruction] = []
+        for row in rows:
+            sequence = by_slot[row.slot]
+            sequence.in_step = False
+            if sequence.state is State.CANCELLING:
+                instructions += self._end_unwanted(sequence, now)
+            elif sequence.state is State.DECODE and sequence.reader_full:
+                sequence.state = State.PAUSED
         return instructions
 
     def _step_failed(self, event: m.StepFailed, now: float) -> list[m.Instruction]:
@@ -131,9 +189,11 @@ class Scheduler:
         for row in rows:
             sequence = by_slot[row.slot]
             sequence.in_step = False
-            cancelled = sequence.state is State.CANCELLING
+            cancelled = sequence.state is State.CANCELLING and sequence.failure is None
             reason = FinishReason.CANCELLED if cancelled else FinishReason.ERROR
-            instructions += self._end(sequence, reason, now, None if cancelled else event.failure)
+            failure = None if cancelled else sequence.failure or event.failure
+            # What its slot holds after a failure is anybody's guess.
+            instructions += self._end(sequence, reason, now, failure, keep=False)
         return instructions
 
     def _halted(self, event: m.Halted, now: float) -> list[m.Instruction]:
@@ -142,10 +202,11 @@ class Scheduler:
         instructions: list[m.Instruction] = []
         for sequence in list(self.sequences.values()):
             sequence.in_step = False
-            instructions += self._end(sequence, FinishReason.ERROR, now, event.failure)
+            instructions += self._end(sequence, FinishReason.ERROR, now, event.failure, keep=False)
         return instructions
 
-    # Planning
+    def _admitted(self, sequence: Sequence) -> None:
+        self.running[sequence.id] = sequence
 
     def _give_up_on_readers(self, now: float) -> list[m.Instruction]:
         """A sequence that is paused holds a slot and KV room that others may be waiting for."""
@@ -158,68 +219,33 @@ class Scheduler:
             for instruction in self._end(sequence, FinishReason.ERROR, now, failure)
         ]
 
-    def _admit(self, now: float) -> list[m.Instruction]:
-        instructions: list[m.Instruction] = []
-        while self.queue and self.free_slots:
-            sequence = self.queue[0]
-            if self.reserved_tokens + sequence.reserved > self.capacity.kv_tokens:
-                break
-            self.queue.popleft()
-            sequence.slot = self.free_slots.pop()
-            sequence.state = State.PREFILL
-            sequence.admitted_at = now
-            self.reserved_tokens += sequence.reserved
-            self.running[sequence.id] = sequence
-            last_n = sequence.sampling.repeat_last_n
-            recent = sequence.prompt[-last_n:] if last_n else ()
-            instructions.append(m.OpenSlot(sequence.slot, sequence.sampling, recent))
-        return instructions
-
-    def _plan(self) -> tuple[m.Row, ...]:
-        rows: list[m.Row] = []
-        room = self.capacity.batch_tokens
-        for sequence in self.running.values():
-            if sequence.state is State.DECODE and room:
-                rows.append(m.Row(sequence.slot, sequence.cached, (sequence.last_token,), True))
-                sequence.in_step = True
-                room -= 1
-        prefill = 0
-        for sequence in self.running.values():
-            if sequence.state is not State.PREFILL or not room:
-                continue
-            left = len(sequence.prompt) - sequence.cached
-            take = min(left, room)
-            if prefill and (take < left or prefill + take >= TILE):
-                continue
-            tokens = sequence.prompt[sequence.cached : sequence.cached + take]
-            rows.append(m.Row(sequence.slot, sequence.cached, tokens, take == left))
-            sequence.in_step = True
-            room -= take
-            prefill += take
-        return tuple(rows)
-
     # Outcomes
 
     def _token(self, sequence: Sequence, sampled: m.Sampled, now: float) -> list[m.Instruction]:
         if sampled.failure is not None:
-            return self._end(sequence, FinishReason.ERROR, now, sampled.failure)
-        sequence.generated += 1
-        sequence.last_token = sampled.token
+            return self._end(sequence, FinishReason.ERROR, now, sampled.failure, keep=False)
+        sequence.answer.append(sampled.token)
+        self.line.charge(sequence, completion=1)
         sequence.last_token_at = now
         if sequence.first_token_at is None:
             sequence.first_token_at = now
+        instructions: list[m.Instruction] = []
         if sampled.end_of_generation:
             return self._end(sequence, FinishReason.STOP, now)
-        instructions: list[m.Instruction] = []
         text = sequence.text.push(sampled.piece)
         if text:
             instructions.append(m.Emit(sequence.id, text))
         if sequence.text.stopped:
             return instructions + self._end(sequence, FinishReason.STOP, now)
-        if sequence.generated >= sequence.max_tokens:
+        if sequence.generated == sequence.max_tokens:
             return instructions + self._end(sequence, FinishReason.LENGTH, now)
         sequence.state = State.PAUSED if sequence.reader_full else State.DECODE
         return instructions
+
+    def _end_unwanted(self, sequence: Sequence, now: float) -> list[m.Instruction]:
+        failed = sequence.failure is not None
+        reason = FinishReason.ERROR if failed else FinishReason.CANCELLED
+        return self._end(sequence, reason, now, sequence.failure)
 
     def _end(
         self,
@@ -227,25 +253,25 @@ class Scheduler:
         reason: FinishReason,
         now: float,
         failure: Failure | None = None,
+        *,
+        keep: bool = True,
     ) -> list[m.Instruction]:
+        """Free what the sequence holds and say the last word."""
         instructions: list[m.Instruction] = []
+        held = sequence.text.finish()
+        if held and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            instructions.append(m.Emit(sequence.id, held))
         if sequence.state is State.QUEUED:
-            self.queue.remove(sequence)
+            self.line.leave(sequence)
         else:
+            instructions.append(self.line.release(sequence, keep=keep))
             del self.running[sequence.id]
-            self.reserved_tokens -= sequence.reserved
-            self.free_slots.append(sequence.slot)
-            instructions.append(m.CloseSlot(sequence.slot))
         del self.sequences[sequence.id]
-        if reason is not FinishReason.CANCELLED:
-            held = sequence.text.finish()
-            if held:
-                instructions.append(m.Emit(sequence.id, held))
         instructions.append(self._ended(sequence, reason, now, failure))
         return instructions
 
     def _ended(
-        self, sequence: Sequence, reason: FinishReason, now: float, failure: Failure | None = None
+        self, sequence: Sequence, reason: FinishReason, now: float, failure: Failure | None
     ) -> m.Finish:
         sequence.state = State.DONE
         ended = Ended(reason, sequence.usage(), sequence.timings(now), failure)
@@ -262,37 +288,43 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the collections and the states they stand for disagree."""
-        cap = self.capacity
-        queued, running = list(self.queue), list(self.running.values())
-        assert {s.id for s in queued} | set(self.running) == set(self.sequences)
-        assert len(queued) + len(running) == len(self.sequences)
-        assert len(queued) <= cap.queue
-        assert all(s.state is State.QUEUED and s.slot < 0 and not s.in_step for s in queued)
-        slots = [s.slot for s in running]
-        assert sorted(slots + self.free_slots) == list(range(cap.slots))
-        assert self.reserved_tokens == sum(s.reserved for s in running) <= cap.kv_tokens
+        cap, line = self.capacity, self.line
+        line.check_invariants()
+        running = list(self.running.values())
+        placed = [*line.room.running.values(), *([line.private] if line.private else [])]
+        assert {s.id for s in placed} == set(self.running)
+        assert {s.id for s in line.waiting()} | set(self.running) == set(self.sequences)
+        assert len(line) + len(running) == len(self.sequences)
+        assert len(line) <= cap.queue
         in_step = {row.slot for row in self.step.rows} if self.step else set()
         assert in_step == {s.slot for s in running if s.in_step}
         for s in running:
-            assert s.state in (*_RUNNABLE, State.PAUSED, State.CANCELLING), s.state
-            assert s.state is not State.CANCELLING or s.in_step
-            assert s.state is not State.PAUSED or (s.reader_full and not s.in_step)
-            assert s.generated < s.max_tokens
-            if s.generated:
-                assert s.cached == len(s.prompt) + s.generated - 1
-            else:
-                assert s.cached < len(s.prompt)
-            assert (s.state is State.PREFILL) <= (s.generated == 0)
+            self._check_sequence(s)
         if self.step is not None:
             self._check_step(self.step)
 
+    def _check_sequence(self, s: Sequence) -> None:
+        assert s.state in (State.PREFILL, State.DECODE, State.PAUSED, State.CANCELLING), s.state
+        assert s.state is not State.CANCELLING or s.in_step
+        assert s.state is not State.PAUSED or (s.reader_full and not s.in_step)
+        assert s.generated < s.max_tokens
+        assert s.reused < len(s.prompt)
+        if s.generated:
+            assert s.cached == len(s.prompt) + s.generated - 1
+        else:
+            assert s.reused <= s.cached < len(s.prompt)
+        assert (s.state is State.PREFILL) <= (s.generated == 0)
+
     def _check_step(self, step: m.Step) -> None:
-        by_slot = self._by_slot()
-        assert len({row.slot for row in step.rows}) == len(step.rows)
+        by_slot, private = self._by_slot(), self.capacity.private_slot
+        slots = {row.slot for row in step.rows}
+        assert len(slots) == len(step.rows)
+        assert private not in slots or slots == {private}
         assert 0 < sum(len(row.tokens) for row in step.rows) <= self.capacity.batch_tokens
         for row in step.rows:
             sequence = by_slot[row.slot]
             assert row.start == sequence.cached
+            assert row.tokens
             end = row.start + len(row.tokens)
-            assert end <= sequence.reserved <= self.capacity.kv_tokens
+            assert end <= sequence.reserved
             assert row.sample == (end >= len(sequence.prompt))

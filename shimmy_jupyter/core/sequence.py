@@ -19,10 +19,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ..types import Sampling, Timings, Usage
+from ..types import Failure, Sampling, Timings, Usage
 from .text import TextAssembler
 
 
@@ -46,16 +46,22 @@ class Sequence:
     sampling: Sampling
     text: TextAssembler
     submitted_at: float
+    reproducible: bool = False
     state: State = State.QUEUED
     slot: int = -1
     cached: int = 0
     """Tokens, prompt's and answer's, whose KV is in the cache."""
-    generated: int = 0
-    last_token: int = -1
+    reused: int = 0
+    """Of these, the prompt's that were there already."""
+    answer: list[int] = field(default_factory=list)
+    turn: int = 0
+    """When it was last in a step; who waits longest goes first."""
     admitted_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     in_step: bool = False
+    failure: Failure | None = None
+    """Why it ends, once the step it is in returns; None where somebody cancelled it."""
     reader_full: bool = False
     reader_full_since: float = 0.0
 
@@ -64,8 +70,23 @@ class Sequence:
         """KV cells set aside at admission, so that a running sequence never runs out."""
         return len(self.prompt) + self.max_tokens
 
+    @property
+    def generated(self) -> int:
+        return len(self.answer)
+
+    @property
+    def prompt_left(self) -> int:
+        """Tokens of the prompt that are still to be decoded."""
+        return max(0, len(self.prompt) - self.cached)
+
+    def computed(self) -> tuple[int, ...]:
+        """The tokens whose KV is in the cache."""
+        if self.cached <= len(self.prompt):
+            return self.prompt[: self.cached]
+        return (*self.prompt, *self.answer[: self.cached - len(self.prompt)])
+
     def usage(self) -> Usage:
-        return Usage(len(self.prompt), self.generated)
+        return Usage(len(self.prompt), self.generated, self.reused)
 
     def timings(self, now: float) -> Timings:
         queued_until = self.admitted_at if self.admitted_at is not None else now

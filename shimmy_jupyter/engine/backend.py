@@ -1,15 +1,18 @@
-"""What a backend is: something that decodes rows. Calls and results are plain messages.
+"""What a backend is: something that decodes rows. Calls and results are plain messages, so that the
+same backend can sit in this process or behind a socketpair.
 
-One thread calls `load`, then `open`, `step` and `close`, and at last `unload`. Another may call
-`tokenize` meanwhile, as the vocabulary does not change; after `unload` it raises.
+One thread calls `load`, then `apply` and `step`, and at last `unload`. Another may call `tokenize`
+and `abort` meanwhile, as the vocabulary does not change; after `unload` `tokenize` raises.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..core.messages import OpenSlot, Sampled, Step
+from ..core.messages import Sampled, SlotChange, Step
+from ..core.room import running_limit
 from ..types import ModelFacts
 
 
@@ -17,16 +20,50 @@ from ..types import ModelFacts
 class LoadSpec:
     """How to load a model. Sizes are in tokens; 0 lets the backend choose from the model's facts.
 
-    `threads` 0 is as many as this process may use; `gpu_layers` -1 is all that the build can.
+    `sequences` that one principal may have running; `threads` 0 is as many as this process may use;
+    `gpu_layers` -1 is as many as fit; `nice` is added to the scheduling priority of the threads
+    that compute.
     """
 
     path: str
     context_size: int = 0
     kv_tokens: int = 0
-    slots: int = 32
+    sequences: int = 32
     batch_tokens: int = 512
     threads: int = 0
     gpu_layers: int = -1
+    nice: int = 0
+
+    @property
+    def running(self) -> int:
+        """Sequences of all principals together."""
+        return running_limit(self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How principals share a loaded model.
+
+    `weights` are their shares, 1 for whoever is not named; `saved_bytes` of host memory hold KV that
+    the cache has no room for; `public` are texts at the beginning of prompts, or system messages,
+    whose KV all principals may share.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    saved_bytes: int = 0
+    public: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`sampled` in the order of the rows that asked; `seconds` around the native call.
+
+    An `aborted` step has sampled nothing and left every slot's KV as it was.
+    """
+
+    sampled: tuple[Sampled, ...]
+    seconds: float
+    aborted: bool = False
 
 
 class Backend(Protocol):
@@ -42,10 +79,18 @@ class Backend(Protocol):
         """Token ids of a whole prompt, special tokens recognised, the model's BOS in front once."""
         ...
 
-    def open(self, slot: OpenSlot) -> None: ...
-
-    def step(self, step: Step) -> tuple[Sampled, ...]:
-        """Decode the rows and sample for those that ask, in order. Raises `EngineCrashed`."""
+    def apply(self, change: SlotChange) -> None:
+        """Change what a slot holds. May be deferred until the next `step`, whose errors it has."""
         ...
 
-    def close(self, slot: int) -> None: ...
+    def step(self, step: Step, threads: int, limit: float | None = None) -> StepResult:
+        """Decode the rows on so many threads, and sample for those that ask, in order.
+
+        Raises `EngineCrashed` when this step failed, `EngineLost` when the engine has. A step that
+        takes longer than `limit` seconds, where there is one, is aborted.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Abort the step in progress, if there is one, from any thread and without the GIL."""
+        ...

@@ -8,10 +8,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from ..core.messages import OpenSlot, Sampled, Step
+from ..core import messages as m
 from ..errors import EngineCrashed
 from ..types import Failure, ModelFacts
-from .backend import LoadSpec
+from .backend import LoadSpec, StepResult
 
 END = 256
 _FIRST_PIECE = 1000
@@ -31,8 +31,10 @@ def echo(prompt: str) -> Sequence[str]:
 class FakeBackend:
     """`script` maps the prompt's text to the answer's pieces (str, or bytes to split characters).
 
-    `gate`, when given, must be acquired for every step: a test decides when the engine moves on.
-    `fail_at` names the step, counted from 1, that fails. `batches` records each step's rows.
+    `gate`, when given, must be acquired for every step: a test decides when the engine moves on; an
+    abort opens it for the step that waits. `fail_at` names the step, counted from 1, that fails.
+    `batches` records each step's rows. It holds what slots hold, so that rows at a wrong position,
+    or changes of what is not there, are found out.
     """
 
     def __init__(
@@ -44,8 +46,11 @@ class FakeBackend:
     ) -> None:
         self.script, self.gate, self.fail_at = script, gate, fail_at
         self.batches: list[int] = []
-        self.open_slots: dict[int, list[int]] = {}
+        self.open_slots: set[int] = set()
+        self.cells: dict[int, list[int]] = {}
+        self.saved: dict[int, list[int]] = {}
         self.loaded = False
+        self._aborted = threading.Event()
         self._pieces: list[bytes] = []
         self._ids: dict[bytes, int] = {}
         self._answers: dict[int, list[int]] = {}
@@ -63,51 +68,81 @@ class FakeBackend:
             vocabulary=_FIRST_PIECE,
             chat_template=TEMPLATE,
             longest_token=8,
+            slots=2 * spec.running,
         )
 
     def unload(self) -> None:
         self.loaded = False
         self.open_slots.clear()
+        self.cells.clear()
 
     def tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
 
-    def open(self, slot: OpenSlot) -> None:
-        self.open_slots[slot.slot] = []
+    def apply(self, change: m.SlotChange) -> None:
+        match change:
+            case m.OpenSlot(slot=slot):
+                if slot in self.open_slots:
+                    raise AssertionError(f"slot {slot} is open")
+                self.open_slots.add(slot)
+                self.cells.setdefault(slot, [])
+            case m.CloseSlot(slot, keep):
+                self.open_slots.remove(slot)
+                self._answers.pop(slot, None)
+                del self.cells[slot][keep:]
+            case m.TrimSlot(slot, tokens):
+                del self.cells[slot][tokens:]
+            case m.CopyPrefix(source, target, tokens):
+                self._fill(target, self.cells[source][:tokens])
+            case m.SaveSlot(slot, key):
+                self.saved[key] = list(self.cells[slot])
+            case m.RestoreSlot(key, slot):
+                self._fill(slot, list(self.saved[key]))
+            case m.DropSaved(key):
+                del self.saved[key]
 
-    def step(self, step: Step) -> tuple[Sampled, ...]:
+    def step(self, step: m.Step, threads: int, limit: float | None = None) -> StepResult:
+        self._aborted.clear()
         if self.gate is not None:
             self.gate.acquire()
+        if self._aborted.is_set():
+            return StepResult((), 0.0, aborted=True)
         self.batches.append(len(step.rows))
         if len(self.batches) == self.fail_at:
             raise EngineCrashed("the script says that this step fails")
         sampled = []
         for row in step.rows:
-            seen = self.open_slots[row.slot]
+            seen = self.cells[row.slot]
             if row.start != len(seen):
                 raise AssertionError(f"slot {row.slot} holds {len(seen)}, row starts {row.start}")
             seen.extend(row.tokens)
             if row.sample:
                 sampled.append(self._next(row.slot))
-        return tuple(sampled)
+        return StepResult(tuple(sampled), 0.0)
 
-    def close(self, slot: int) -> None:
-        del self.open_slots[slot]
-        self._answers.pop(slot, None)
+    def abort(self) -> None:
+        self._aborted.set()
+        if self.gate is not None:
+            self.gate.release()
 
-    def _next(self, slot: int) -> Sampled:
+    def _fill(self, slot: int, tokens: list[int]) -> None:
+        if self.cells.get(slot):
+            raise AssertionError(f"slot {slot} is not empty")
+        self.cells[slot] = tokens
+
+    def _next(self, slot: int) -> m.Sampled:
         if slot not in self._answers:
-            prompt = bytes(self.open_slots[slot]).decode()
+            prompt = bytes(self.cells[slot]).decode()
             self._answers[slot] = [self._id(piece) for piece in self.script(prompt)][::-1]
         left = self._answers[slot]
         if not left:
-            return Sampled(slot, END, b"", True)
+            return m.Sampled(slot, END, b"", True)
         token = left.pop()
         piece = self._pieces[token - _FIRST_PIECE]
         if piece == b"\0nan":
             failure = Failure("generation_failed", "the model's logits are not finite")
-            return Sampled(slot, token, b"", False, failure)
-        return Sampled(slot, token, piece, False)
+            return m.Sampled(slot, token, b"", False, failure)
+        return m.Sampled(slot, token, piece, False)
 
     def _id(self, piece: str | bytes) -> int:
         data = piece.encode() if isinstance(piece, str) else piece

@@ -16,7 +16,7 @@ from ..errors import (
     ShuttingDown,
 )
 from ..types import Failure, Message, ModelFacts, Prompt, Sampling
-from .backend import Backend, LoadSpec
+from .backend import Backend, LoadSpec, Sharing
 from .deep import MAX_TEXT_BYTES, in_deep_thread
 from .stream import TokenStream
 from .template import ChatTemplate
@@ -49,16 +49,41 @@ class LoadedModel:
         *,
         queue_size: int = 256,
         stream_capacity: int = 256,
+        sharing: Sharing | None = None,
     ) -> LoadedModel:
-        """Load on the engine's own thread. Raises `ModelLoadFailed`."""
+        """Load on the engine's own thread. Raises `ModelLoadFailed`, or `EngineLost`."""
         # The factory imports the native library, which takes a while: not on the event loop.
         try:
             made = await asyncio.to_thread(backend)
         except (ImportError, OSError, RuntimeError) as error:
             log.exception("llama-cpp-python does not load")
             raise ModelLoadFailed(f"llama-cpp-python does not load here: {error}") from error
-        engine = Engine(made, spec, queue_size=queue_size, stream_capacity=stream_capacity)
-        return cls(engine, await engine.start(), max_waiting=queue_size)
+        engine = Engine(
+            made,
+            spec,
+            queue_size=queue_size,
+            stream_capacity=stream_capacity,
+            sharing=sharing,
+        )
+        model = cls(engine, await engine.start(), max_waiting=queue_size)
+        if sharing is not None and sharing.public:
+            engine.publish(await model.public_prefixes(sharing.public))
+        return model
+
+    async def public_prefixes(self, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Tokens of texts as the beginning of a prompt, and as a system message where there can be
+        one. Too long for the context is of no use, and left out with a warning.
+        """
+        prompts: list[Prompt] = list(texts)
+        if self.facts.chat_template is not None:
+            prompts += [(Message("system", text), Message("user", "")) for text in texts]
+        found = []
+        for prompt in prompts:
+            try:
+                found.append(await self.encode(prompt))
+            except (ContextLengthExceeded, InvalidValue) as error:
+                log.warning("a prefix of ShimmyEngine.public_prefixes is of no use: %s", error)
+        return tuple(found)
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's exact tokens. Raises `InvalidValue` where they cannot be had, and
@@ -114,8 +139,19 @@ class LoadedModel:
         max_tokens: int,
         sampling: Sampling,
         stop: tuple[str, ...],
+        *,
+        reproducible: bool = False,
+        max_seconds: float | None = None,
     ) -> TokenStream:
-        return self.engine.submit(principal, prompt, max_tokens, sampling, stop)
+        return self.engine.submit(
+            principal,
+            prompt,
+            max_tokens,
+            sampling,
+            stop,
+            reproducible=reproducible,
+            max_seconds=max_seconds,
+        )
 
     @property
     def active(self) -> int:

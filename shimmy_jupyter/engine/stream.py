@@ -9,6 +9,7 @@ often, cancels the sequence unless it has ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+from ..core.messages import Progress
 from ..errors import from_failure
 from ..types import Ended
 
@@ -28,6 +30,8 @@ class Upstream(Protocol):
     def reader_full(self, id: int) -> None: ...
 
     def reader_ready(self, id: int) -> None: ...
+
+    def ask_progress(self, id: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,9 @@ class TokenStream:
         self.capacity = capacity
         self.loop = asyncio.get_running_loop()
         self.ended: Ended | None = None
+        self.progress: Progress | None = None
+        """What it waited for when `ask` was last answered, until its first text."""
+        self.expires: asyncio.TimerHandle | None = None
         self._upstream = upstream
         self._unread: deque[str] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -69,10 +76,15 @@ class TokenStream:
                 self._pauses += 1
                 self._upstream.reader_full(self.id)
 
-    def deliver(self, item: str | Ended) -> None:
+    def deliver(self, item: str | Progress | Ended) -> None:
         """Take what the engine sent, on the loop."""
+        if isinstance(item, Progress):
+            self.progress = item
+            return
         if isinstance(item, Ended):
             self.ended = item
+            if self.expires is not None:
+                self.expires.cancel()
         elif not self._closed:
             self._unread.append(item)
         if self._waiter is not None and not self._waiter.done():
@@ -83,12 +95,7 @@ class TokenStream:
 
         Raises the `ShimmyError` that ended the sequence, after its text has been read.
         """
-        while not self._unread and self.ended is None and not self._closed:
-            self._waiter = self.loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+        await self._arrival()
         texts = list(self._unread)
         self._unread.clear()
         self._count_read(len(texts))
@@ -100,6 +107,17 @@ class TokenStream:
         while texts := await self.read():
             for text in texts:
                 yield text
+
+    async def wait(self, seconds: float) -> bool:
+        """Whether there is something to read, the end too, within so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._arrival()
+        return self._arrived()
+
+    def ask(self) -> None:
+        """Have `progress` brought up to date, soon."""
+        self._upstream.ask_progress(self.id)
 
     def close(self) -> None:
         """Stop wanting more. The engine's work for it ends within the step in progress."""
@@ -127,6 +145,17 @@ class TokenStream:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _arrived(self) -> bool:
+        return bool(self._unread) or self.ended is not None or self._closed
+
+    async def _arrival(self) -> None:
+        while not self._arrived():
+            self._waiter = self.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
 
     def _count_read(self, pieces: int) -> None:
         with self._lock:

@@ -1,8 +1,9 @@
 """The one thread that owns a loaded model: it carries events in and instructions out.
 
-It decides nothing; `core.scheduler` does. Between two steps it drains its inbox, so a
-cancellation takes effect within the step in progress. What a step produced crosses to each
-event loop in one `call_soon_threadsafe`, whoever may have gone meanwhile.
+It decides nothing; `core.scheduler` and `core.governor` do. Between two steps it drains its inbox, so
+a cancellation takes effect within the step in progress; and a step that nobody wants any more is
+aborted. What a step produced crosses to each event loop in one `call_soon_threadsafe`, whoever may
+have gone meanwhile.
 """
 
 from __future__ import annotations
@@ -18,16 +19,26 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ..core import messages as m
+from ..core.governor import Governor
 from ..core.scheduler import Scheduler
-from ..errors import EngineCrashed, ModelLoadFailed, QueueFull, ShimmyError, from_failure
+from ..errors import (
+    EngineCrashed,
+    EngineLost,
+    ModelLoadFailed,
+    QueueFull,
+    ShimmyError,
+    from_failure,
+)
 from ..types import Ended, Failure, FinishReason, ModelFacts, Sampling, Timings, Usage
-from .backend import Backend, LoadSpec
+from .backend import Backend, LoadSpec, Sharing
 from .stream import TokenStream
 
 log = logging.getLogger("shimmy_jupyter.engine")
 
 _STOPPED = Failure("shutting_down", "the engine is shutting down")
-_Delivery = tuple[TokenStream, "str | Ended"]
+_Delivery = tuple[TokenStream, "str | m.Progress | Ended"]
+_FLOPS = 5e10
+"""Of a modest processor: a first guess at what a prompt token takes, at two for each parameter."""
 
 
 @dataclass(slots=True)
@@ -36,6 +47,7 @@ class EngineStatistics:
 
     steps: int = 0
     tokens: int = 0
+    aborted: int = 0
     rows: dict[int, int] = field(default_factory=dict)
 
 
@@ -49,12 +61,14 @@ class Engine:
         *,
         queue_size: int = 256,
         stream_capacity: int = 256,
+        sharing: Sharing | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.backend = backend
         self.spec = spec
         self.statistics = EngineStatistics()
         self.failure: Failure | None = None
+        self._sharing = sharing or Sharing()
         self._queue_size = queue_size
         self._stream_capacity = stream_capacity
         self._clock = clock
@@ -66,7 +80,12 @@ class Engine:
         self._freed: Future[None] = Future()
         self._gate = threading.Lock()
         """Between a submission's check of `failure` and its queueing, `failure` must not appear."""
+        self._stepping: frozenset[int] = frozenset()
+        """Who is in the step in progress; those who want no more of it are in `_unwanted`."""
+        self._unwanted: set[int] = set()
+        self._stopping = False
         self.scheduler: Scheduler
+        self.governor: Governor
         self._thread = threading.Thread(target=self._run, name="shimmy-engine", daemon=True)
 
     # For any thread
@@ -88,20 +107,44 @@ class Engine:
         max_tokens: int,
         sampling: Sampling,
         stop: tuple[str, ...] = (),
+        *,
+        reproducible: bool = False,
+        max_seconds: float | None = None,
     ) -> TokenStream:
-        """Queue a prompt that is known to fit. Raises `QueueFull`, or what ended the engine."""
+        """Queue a prompt that is known to fit. Raises `QueueFull`, or what ended the engine.
+
+        After `max_seconds` it ends with `deadline_exceeded`, wherever it is.
+        """
         with self._gate:
             if self.failure is not None:
                 raise from_failure(self.failure)
-            if len(self._streams) >= self.spec.slots + self._queue_size:
+            if len(self._streams) >= self.spec.running + self._queue_size:
                 raise QueueFull(f"{len(self._streams)} requests are open already; try again later")
             stream = TokenStream(next(self._ids), self._stream_capacity, self)
             self._streams[stream.id] = stream
-            self._inbox.put(m.Submitted(stream.id, principal, prompt, max_tokens, sampling, stop))
+            self._inbox.put(
+                m.Submitted(stream.id, principal, prompt, max_tokens, sampling, stop, reproducible)
+            )
+        if max_seconds is not None:
+            stream.expires = stream.loop.call_later(max_seconds, self.expire, stream.id)
         return stream
 
     def cancel(self, id: int) -> None:
         self._inbox.put(m.CancelRequested(id))
+        self._abandon(id)
+
+    def expire(self, id: int) -> None:
+        """Its time is over."""
+        self._inbox.put(m.DeadlinePassed(id))
+        self._abandon(id)
+
+    def ask_progress(self, id: int) -> None:
+        """What it is waiting for comes to its stream."""
+        self._inbox.put(m.ProgressAsked(id))
+
+    def publish(self, prefixes: tuple[tuple[int, ...], ...]) -> None:
+        """Token sequences that all principals may share, from now on."""
+        self._inbox.put(m.PublicDeclared(prefixes))
 
     def reader_full(self, id: int) -> None:
         self._inbox.put(m.ReaderFull(id))
@@ -114,8 +157,20 @@ class Engine:
         if self._thread.ident is None:
             return
         self._inbox.put(m.Halted(_STOPPED))
+        with self._gate:
+            self._stopping = True
+            if self._stepping:
+                self.backend.abort()
         await asyncio.wrap_future(self._freed)
         self._thread.join()  # it has nothing left to do
+
+    def _abandon(self, id: int) -> None:
+        """Abort the step in progress if nobody in it wants it any more."""
+        with self._gate:
+            if id in self._streams:
+                self._unwanted.add(id)
+                if self._stepping and self._stepping <= self._unwanted:
+                    self.backend.abort()
 
     # The engine's thread
 
@@ -138,20 +193,30 @@ class Engine:
             log.exception("loading failed in a way that nobody foresaw")
             self._facts.set_exception(ModelLoadFailed("loading it failed; see the server's log"))
             return False
+        sharing = self._sharing
         capacity = m.Capacity(
-            slots=self.spec.slots,
+            slots=facts.slots,
+            sequences=self.spec.sequences,
             kv_tokens=facts.kv_tokens,
             context_size=facts.context_size,
             batch_tokens=self.spec.batch_tokens,
             queue=self._queue_size,
+            can_copy=facts.can_copy,
+            can_trim=facts.can_trim,
+            saved_tokens=sharing.saved_bytes // facts.kv_bytes_per_token,
+            weights=sharing.weights,
         )
-        self.scheduler = Scheduler(capacity)
+        self.scheduler = Scheduler(capacity, guess=2 * max(facts.parameters, 1) / _FLOPS)
+        self.governor = Governor(facts.threads, fixed=self.spec.threads > 0)
         self._facts.set_result(facts)
         return True
 
     def _serve_until_it_ends(self) -> Failure:
         try:
             return self._serve(self.scheduler)
+        except EngineLost as error:
+            log.error("the engine is lost: %s", error.message)  # noqa: TRY400
+            return Failure(error.code, error.message)
         except Exception:
             log.exception("the engine's thread failed; its sequences end with engine_crashed")
             return Failure("engine_crashed", "the engine failed; the server's log says how")
@@ -181,32 +246,63 @@ class Engine:
             yield self._inbox.get()
 
     def _decode(self, step: m.Step) -> m.Event:
+        ids = self.scheduler.stepping()
+        with self._gate:
+            unwanted = self._stopping or ids <= self._unwanted
+            self._stepping = ids
         try:
-            sampled = self.backend.step(step)
+            return m.StepAborted() if unwanted else self._attempt(step)
+        except EngineLost:
+            raise
         except EngineCrashed as error:
             log.warning("a step of %d sequences failed: %s", len(step.rows), error.message)
             return m.StepFailed(Failure(error.code, error.message))
+        finally:
+            with self._gate:
+                self._stepping = frozenset()
+
+    def _attempt(self, step: m.Step) -> m.Event:
+        """Run the step; again with fewer threads where it took longer than it may."""
+        private = step.rows[0].slot == self.scheduler.capacity.private_slot
+        work = sum(len(row.tokens) for row in step.rows)
+        while True:
+            plan = self.governor.plan(work, self._clock())
+            # A reproducible sequence's threads are always the same, and its times others.
+            result = self.backend.step(step, plan.threads, None if private else plan.limit)
+            if result.aborted:
+                self.statistics.aborted += 1
+                with self._gate:
+                    if self._stopping or self._stepping <= self._unwanted:
+                        return m.StepAborted()
+            if not private:
+                now = self._clock()
+                self.governor.observe(plan, result.seconds, now, aborted=result.aborted)
+            if not result.aborted:
+                break
         self.statistics.steps += 1
-        self.statistics.tokens += len(sampled)
+        self.statistics.tokens += len(result.sampled)
         self.statistics.rows[len(step.rows)] = self.statistics.rows.get(len(step.rows), 0) + 1
-        return m.Stepped(sampled)
+        return m.Stepped(result.sampled, result.seconds, plan.threads)
 
     def _carry_out(self, instructions: list[m.Instruction]) -> m.Step | None:
         for instruction in instructions:
             match instruction:
-                case m.Emit() | m.Finish():
+                case m.Emit() | m.Finish() | m.Progress():
                     self._send(instruction)
-                case m.OpenSlot():
-                    self.backend.open(instruction)
-                case m.CloseSlot():
-                    self.backend.close(instruction.slot)
                 case m.Step():
                     return instruction
+                case _:
+                    self.backend.apply(instruction)
         return None
 
-    def _send(self, instruction: m.Emit | m.Finish) -> None:
+    def _send(self, instruction: m.Emit | m.Finish | m.Progress) -> None:
         if isinstance(instruction, m.Finish):
-            self._outbox.append((self._streams.pop(instruction.id), instruction.ended))
+            with self._gate:
+                stream = self._streams.pop(instruction.id)
+                self._unwanted.discard(instruction.id)
+            self._outbox.append((stream, instruction.ended))
+        elif isinstance(instruction, m.Progress):
+            self._outbox.append((self._streams[instruction.id], instruction))
         else:
             stream = self._streams[instruction.id]
             self._outbox.append((stream, instruction.text))
@@ -248,7 +344,7 @@ class Engine:
                 # The loop is closed, so nobody is left to read; free what its streams hold.
                 for stream, item in items:
                     if not isinstance(item, Ended):
-                        self.cancel(stream.id)
+                        self._inbox.put(m.CancelRequested(stream.id))
 
 
 def _deliver(items: list[_Delivery]) -> None:

@@ -137,13 +137,17 @@ def _error(body: dict[str, Any]) -> ShimmyError:
 def events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The JSON objects of a stream of server-sent events, up to `[DONE]`.
 
-    Raises the error that the stream carries; a stream that just ends was cut off.
+    What a comment says of waiting comes as `{"waiting": {...}, "choices": []}`. Raises the error that the stream carries; a stream that just ends was cut off.
     """
     pending = b""
     for chunk in chunks:
         pending += chunk
         *whole, pending = pending.split(b"\n\n")
         for block in whole:
+            if block.startswith(b":"):
+                with contextlib.suppress(ValueError):
+                    yield {"waiting": json.loads(block[1:]), "choices": []}
+                continue
             data = block.removeprefix(b"data: ")
             if data == b"[DONE]":
                 return

@@ -175,6 +175,8 @@ class ShimmyMagics(Magics):
             "temperature": options.get("temperature", self.temperature),
             "max_tokens": options.get("max-tokens", self.max_tokens),
             "seed": options.get("seed"),
+            # Whoever names a seed wants the same answer again.
+            "reproducible": True if "seed" in options else None,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -211,9 +213,17 @@ class _View:
             whole = "" if self._stream else clean(self._text)
             print(f"{whole}\n[{note}]")
 
+    def _wait(self, waiting: dict[str, Any]) -> None:
+        """Say what there is to wait for, where it can be replaced by the answer."""
+        if self._rich and self._stream:
+            self._show(Answer("", waited(waiting)))
+
     def _texts(self, items: Iterable[dict[str, Any]]) -> Iterator[str]:
         reason, last = None, {}
         for item in items:
+            if "waiting" in item:
+                self._wait(item["waiting"])
+                continue
             for choice in item["choices"]:
                 reason = choice["finish_reason"] or reason
                 if text := choice["delta"].get("content"):
@@ -230,6 +240,15 @@ class _View:
             update_display(bundle, raw=True, display_id=self._id)  # type: ignore[no-untyped-call]
         self._pace.shown(time.monotonic(), sum(map(len, bundle.values())))
         sys.stdout.flush()
+
+
+def waited(waiting: dict[str, Any]) -> str:
+    """What a request without an answer yet is waiting for, in words."""
+    if waiting["state"] == "prefill":
+        return f"reading the prompt: {waiting['prompt_done']} of {waiting['prompt_tokens']} tokens"
+    position = waiting["position"]
+    before = f"{position} request{'s' * (position != 1)} before this one; " if position else ""
+    return f"waiting: {before}{waiting['reason']}"
 
 
 def _figures(last: dict[str, Any], reason: str | None) -> str:

@@ -15,6 +15,8 @@ from ..types import Ended
 if TYPE_CHECKING:  # importing it would load pydantic at the server's start
     from .requests import Parsed
 
+PATIENCE = 1.0
+"""Seconds without text until a stream's headers go out, with what it is waiting for."""
 DONE = b"data: [DONE]\n\n"
 
 
@@ -117,10 +119,20 @@ class EventWriter:
 
     async def events(self, completion: Completion) -> AsyncIterator[bytes]:
         """Everything to send, some events at a time. An error before the first is raised; a later
-        one is the last event.
+        one is the last event. Comments say what it waits for while there is no text.
         """
         data = self._opening()
-        texts = await completion.read()
+        told = False
+        while not await completion.wait(PATIENCE):
+            yield self._comment(completion)
+            told = True
+        try:
+            texts = await completion.read()
+        except ShimmyError as error:
+            if not told:
+                raise
+            yield event(error.to_json(self._parsed.request.request_id))
+            return
         while texts:
             yield data + self._texts(texts)
             data = b""
@@ -130,6 +142,26 @@ class EventWriter:
                 yield event(error.to_json(self._parsed.request.request_id))
                 return
         yield data + self._closing(completion.ended)
+
+    def _comment(self, completion: Completion) -> bytes:
+        """A line that clients of server-sent events pass over, and proxies count as activity."""
+        progress = completion.waiting()
+        if progress is None:
+            return b": waiting\n\n"
+        state = "prefill" if progress.admitted else "queued"
+        return (
+            b": "
+            + _dump(
+                {
+                    "state": state,
+                    "position": progress.position,
+                    "reason": progress.reason,
+                    "prompt_done": progress.prompt_done,
+                    "prompt_tokens": completion.prompt_tokens,
+                }
+            )
+            + b"\n\n"
+        )
 
     def _opening(self) -> bytes:
         if not self._shape.chat:

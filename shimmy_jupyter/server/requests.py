@@ -36,7 +36,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "reproducible": (False,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -108,6 +107,8 @@ class _Common(_Body):
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logit_bias: dict[str, Bias] | None = None
+    reproducible: bool | None = None
+    max_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
 
 
@@ -243,6 +244,8 @@ def _parsed(
         max_tokens=max_tokens,
         sampling=_sampling(body),
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        reproducible=bool(body.reproducible),
+        max_seconds=body.max_seconds,
     )
     options = body.stream_options
     if options is not None and not body.stream:

@@ -26,7 +26,7 @@ class Fakes:
     """What the next model that is loaded will be, and those that were."""
 
     make: Callable[[], FakeBackend] = FakeBackend
-    spec: LoadSpec = field(default_factory=lambda: LoadSpec(path="", slots=16))
+    spec: LoadSpec = field(default_factory=lambda: LoadSpec(path="", sequences=16))
     queue_size: int = 64
     stream_capacity: int = 256
     made: list[FakeBackend] = field(default_factory=list)

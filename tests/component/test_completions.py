@@ -224,7 +224,6 @@ async def test_what_is_not_json(server: Any, jp_fetch: Any, body: bytes) -> None
         ("echo", 0),
         ("response_format", {"type": "json_object"}),
         ("grammar", {"type": "gbnf", "value": "root ::= [a-"}),
-        ("reproducible", True),
         ("store", True),
     ],
 )
@@ -279,7 +278,7 @@ async def test_unknown_model(server: Any, jp_fetch: Any) -> None:
 
 
 async def test_too_long_says_by_how_many(server: Any, jp_fetch: Any, fakes: Fakes) -> None:
-    fakes.spec = LoadSpec(path="", context_size=100, slots=2)
+    fakes.spec = LoadSpec(path="", context_size=100, sequences=2)
     overhead = len("<user>\n<assistant>")
     fits = await jp_fetch(*CHAT, method="POST", body=chat("x" * (99 - overhead)))
     assert json.loads(fits.body)["usage"]["prompt_tokens"] == 99
@@ -385,7 +384,7 @@ async def test_characters_are_never_split(server: Any, jp_fetch: Any, fakes: Fak
 async def test_full_queue(server: Any, jp_fetch: Any, fakes: Fakes) -> None:
     gate = threading.Semaphore(0)
     fakes.make = lambda: FakeBackend(gate=gate)
-    fakes.spec, fakes.queue_size = LoadSpec(path="", slots=1), 1
+    fakes.spec, fakes.queue_size = LoadSpec(path="", sequences=1), 1
     waiting = [asyncio.ensure_future(jp_fetch(*CHAT, method="POST", body=chat())) for _ in range(4)]
     done, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
@@ -414,7 +413,7 @@ async def test_a_client_that_goes_away_frees_its_sequence_within_a_step(
     gate.release(1000)
     await _until(lambda: model.active == 0)
     assert len(backend.batches) <= before + 1
-    assert backend.open_slots == {}
+    assert not backend.open_slots
 
 
 async def test_body_over_the_limit(

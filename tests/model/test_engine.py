@@ -230,11 +230,14 @@ class TestLoading:
         async with loaded(random_model, context_size=300, kv_tokens=1000) as model:
             assert (model.facts.context_size, model.facts.kv_tokens) == (300, 1024)
         async with loaded(random_model) as model:
-            assert (model.facts.context_size, model.facts.kv_tokens) == (2048, 32 * 2048)
+            assert (model.facts.context_size, model.facts.kv_tokens) == (
+                2048,
+                40 * 2048,
+            )  # a quarter more slots than sequences
 
 
 async def test_stopping_with_work_in_flight(random_model: Path) -> None:
-    model = await LoadedModel.load(llama_backend, LoadSpec(path=str(random_model), slots=2))
+    model = await LoadedModel.load(llama_backend, LoadSpec(path=str(random_model), sequences=2))
     tokens = await model.encode("x")
     streams = [model.submit("local", tokens, 1500, RANDOM, ()) for _ in range(6)]
     assert await streams[0].read()

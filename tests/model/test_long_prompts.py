@@ -38,7 +38,7 @@ from shimmy_jupyter.engine.deep import in_deep_thread
 from shimmy_jupyter.engine.llama import LlamaBackend
 for path in sorted(Path(sys.argv[1]).glob("*.gguf")):
     backend = LlamaBackend()
-    backend.load(LoadSpec(path=str(path), slots=1, kv_tokens=256, context_size=256))
+    backend.load(LoadSpec(path=str(path), sequences=1, kv_tokens=256, context_size=256))
     for run in "a", "1", "!", " ", "é":
         text = run * (60_000 // len(run.encode()))
         tokens = asyncio.run(in_deep_thread(lambda: backend.tokenize(text), len(text.encode())))

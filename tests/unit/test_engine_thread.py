@@ -23,7 +23,7 @@ from shimmy_jupyter.errors import EngineCrashed, ModelLoadFailed, ShimmyError, S
 from shimmy_jupyter.types import FinishReason, ModelFacts, Sampling
 
 PROMPT = tuple(b">x")
-SPEC = LoadSpec(path="", slots=4)
+SPEC = LoadSpec(path="", sequences=4)
 
 
 def words(count: int) -> Any:

@@ -1,8 +1,6 @@
 """The scheduler, driven without a clock, a thread or a model.
 
-A state machine does whatever a server and its clients can do, in any order, and after every step
-checks the invariants, and that everything a sequence was promised came: exactly one end, text in
-order, no more tokens than asked, KV opened and closed once.
+Stories here; whatever a server and its clients can do in any order is in test_scheduler_machine.py.
 """
 
 from __future__ import annotations
@@ -10,21 +8,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from shimmy_jupyter.core import messages as m
 from shimmy_jupyter.core.scheduler import Scheduler
 from shimmy_jupyter.core.sequence import State
 from shimmy_jupyter.types import Failure, FinishReason, Sampling
 
-CAPACITY = m.Capacity(slots=3, kv_tokens=64, context_size=32, batch_tokens=10, queue=4)
+CAPACITY = m.Capacity(slots=6, kv_tokens=64, context_size=32, batch_tokens=10, queue=4, sequences=3)
+LARGE = m.Capacity(
+    slots=24, kv_tokens=8192, context_size=1024, batch_tokens=512, queue=64, sequences=8
+)
 GREEDY = Sampling(temperature=0)
 
 
-def submitted(id: int, prompt: int = 3, max_tokens: int = 4, **fields: object) -> m.Submitted:
-    return m.Submitted(id, "p", tuple(range(prompt)), max_tokens, GREEDY, **fields)  # type: ignore[arg-type]
+def submitted(
+    id: int, prompt: int = 3, max_tokens: int = 4, who: str = "p", **fields: object
+) -> m.Submitted:
+    return m.Submitted(id, who, tuple(range(prompt)), max_tokens, GREEDY, **fields)  # type: ignore[arg-type]
 
 
 def sampled(slot: int, piece: bytes = b"x", **fields: object) -> m.Sampled:
@@ -53,10 +53,19 @@ class Driver:
         step = self.scheduler.step
         return {slots[row.slot]: row for row in step.rows} if step else {}
 
-    def decode(self) -> list[m.Instruction]:
+    def decode(self, seconds: float = 0.0) -> list[m.Instruction]:
         step = self.scheduler.step
         assert step is not None
-        return self.handle(m.Stepped(tuple(sampled(r.slot) for r in step.rows if r.sample)))
+        tokens = tuple(sampled(r.slot) for r in step.rows if r.sample)
+        return self.handle(m.Stepped(tokens, seconds))
+
+    def run(self, steps: int = 1000, seconds: float = 0.0) -> None:
+        """Step until nothing is left to do."""
+        for _ in range(steps):
+            if not self.plan():
+                return
+            self.decode(seconds)
+        raise AssertionError("it goes on and on")
 
     def ended(self, id: int) -> m.Finish:
         (finish,) = [i for i in self.said if isinstance(i, m.Finish) and i.id == id]
@@ -106,46 +115,334 @@ def test_a_prompt_larger_than_a_batch_takes_several_steps() -> None:
     assert (row.start, len(row.tokens), row.sample) == (20, 5, True)
 
 
-def test_decoding_rows_go_before_prompts_and_a_second_prompt_is_not_split() -> None:
+def test_prompts_and_decoding_take_turns_where_prompts_are_quick() -> None:
     d = Driver()
     d.handle(submitted(1))
     d.plan()
     d.decode()
-    d.handle(submitted(2, prompt=6))
-    d.handle(submitted(3, prompt=6))
-    rows = d.plan()
-    assert list(rows) == [1, 2]
-    assert [len(rows[i].tokens) for i in rows] == [1, 6]
-    d.decode()
-    assert {i: len(r.tokens) for i, r in d.plan().items()} == {1: 1, 2: 1, 3: 6}
+    d.handle(submitted(2, prompt=6, who="q"))
+    d.handle(submitted(3, prompt=6, who="r"))
+    # 8 of 10 rows are the least that goes beside one that decodes: the time does not bind here.
+    steps = []
+    for _ in range(4):
+        steps.append(list(d.plan()))
+        d.decode()
+    assert steps == [[1], [2, 3], [1, 2], [3]]
 
 
-def test_one_large_prompt_a_step_and_small_ones_together() -> None:
-    d = Driver(m.Capacity(slots=8, kv_tokens=4096, context_size=512, batch_tokens=512, queue=8))
+def test_short_prompts_share_a_call_and_long_ones_do_not() -> None:
+    d = Driver(LARGE)
     for id, size in enumerate((100, 200, 10, 20, 40), start=1):
-        d.handle(submitted(id, prompt=size))
-    assert list(d.plan()) == [1]
-    d.decode()
-    assert list(d.plan()) == [1, 2]
-    d.decode()
-    assert list(d.plan()) == [1, 2, 3, 4]
-    d.decode()
-    assert list(d.plan()) == [1, 2, 3, 4, 5]
+        d.handle(submitted(id, prompt=size, who=str(id)))
+    steps = []
+    for _ in range(7):
+        steps.append(list(d.plan()))
+        d.decode()
+    assert steps == [[1], [1], [2], [1, 2], [3, 4], [1, 2, 3, 4], [5]]
+
+
+def test_slices_keep_a_step_within_its_time() -> None:
+    d = Driver(replace(LARGE, step_seconds=0.15))
+    d.handle(submitted(1, prompt=10, max_tokens=500))
+    d.plan()
+    d.decode(0.05)  # 5 ms a token
+    for _ in range(20):
+        d.plan()
+        d.decode(0.03)
+    d.handle(submitted(2, prompt=900, who="q"))
+    sizes = []
+    for _ in range(30):
+        rows = d.plan()
+        assert len(rows[1].tokens) == 1
+        sizes.append(len(rows[2].tokens))
+        d.decode(0.03 + 0.005 * sizes[-1])
+    assert all(0.12 <= 0.03 + 0.005 * size <= 0.16 for size in sizes[5:])
+
+
+def test_a_prompt_gets_a_third_of_the_time_beside_many() -> None:
+    d = Driver(replace(LARGE, step_seconds=0.15))
+    for id in range(1, 5):
+        d.handle(submitted(id, prompt=1, max_tokens=400))
+    for _ in range(30):
+        d.plan()
+        d.decode(0.4)
+    d.handle(submitted(9, prompt=900, who="q"))
+    for _ in range(10):
+        size = len(d.plan()[9].tokens)
+        d.decode(0.4 + 0.01 * size)
+    assert 0.15 <= 0.01 * size <= 0.25
+
+
+def test_with_few_rows_the_faster_number_is_decoded() -> None:
+    """Two rows that take more than twice as long as one are decoded in turns."""
+    d = Driver(LARGE)
+    for id in (1, 2):
+        d.handle(submitted(id, max_tokens=800))
+    seen: dict[int, int] = {}
+    turns: dict[int, int] = {1: 0, 2: 0}
+    for _ in range(400):
+        rows = d.plan()
+        seen[len(rows)] = seen.get(len(rows), 0) + 1
+        for id in rows:
+            turns[id] += 1
+        d.decode({1: 0.010, 2: 0.025}[len(rows)])
+    assert seen[1] > 0.95 * 400
+    assert abs(turns[1] - turns[2]) <= 10
+
+
+def test_many_rows_are_decoded_together_where_that_is_faster() -> None:
+    d = Driver(LARGE)
+    for id in range(1, 5):
+        d.handle(submitted(id, max_tokens=800))
+    sizes = []
+    for _ in range(300):
+        sizes.append(len(d.plan()))
+        d.decode(0.010 + 0.001 * sizes[-1])
+    assert sizes[10:].count(4) > 0.95 * 290
 
 
 def test_nobody_overtakes_the_one_that_waits_for_room() -> None:
     d = Driver()
-    d.handle(submitted(1, prompt=10, max_tokens=22))
-    d.handle(submitted(2, prompt=10, max_tokens=22))
-    d.handle(submitted(3, prompt=1, max_tokens=1))
-    d.plan()
+    d.handle(submitted(1, prompt=10, max_tokens=22, who="a"))
+    d.handle(submitted(2, prompt=10, max_tokens=12, who="b"))
+    d.handle(submitted(3, prompt=10, max_tokens=22, who="c"))
+    d.plan(), d.decode(), d.plan(), d.decode(), d.plan()
     assert set(d.scheduler.running) == {1, 2}
-    d.handle(m.CancelRequested(3))
-    d.handle(submitted(4, prompt=1, max_tokens=1))
+    d.handle(submitted(4, prompt=1, max_tokens=1, who="d"))
+    d.decode(), d.plan()
+    # The fourth would fit, and is behind the third all the same: both have had nothing yet.
+    assert set(d.scheduler.running) == {1, 2}
     d.handle(m.CancelRequested(1))
-    d.handle(m.Stepped(tuple(sampled(r.slot) for r in d.scheduler.step.rows if r.sample)))  # type: ignore[union-attr]
+    d.decode(), d.plan()
+    assert 3 in d.scheduler.running
+
+
+class TestShares:
+    def test_one_principal_leaves_room_for_others(self) -> None:
+        d = Driver(LARGE)
+        for id in range(1, 31):
+            d.handle(submitted(id, prompt=5, max_tokens=50, who="many"))
+        for _ in range(40):
+            d.plan(), d.decode()
+        assert len(d.scheduler.running) == 8
+        d.handle(submitted(99, prompt=5, who="few"))
+        assert 99 in d.plan() or (d.decode() and 99 in d.plan())
+
+    def test_nor_does_one_take_all_of_the_cache(self) -> None:
+        d = Driver(replace(LARGE, kv_tokens=4096))
+        for id in range(1, 9):
+            d.handle(submitted(id, prompt=10, max_tokens=990, who="many"))
+        for _ in range(10):
+            d.plan(), d.decode()
+        assert len(d.scheduler.running) == 3
+        d.handle(submitted(99, prompt=10, max_tokens=990, who="few"))
+        d.plan(), d.decode(), d.plan()
+        assert 99 in d.scheduler.running
+
+    def test_least_served_goes_next(self) -> None:
+        d = Driver(replace(LARGE, sequences=1))
+        order = []
+        for id in range(1, 9):
+            d.handle(submitted(id, prompt=30, max_tokens=10, who="a" if id < 7 else "b"))
+        while d.scheduler.sequences:
+            before = set(d.scheduler.running)
+            d.plan()
+            order += sorted(set(d.scheduler.running) - before)
+            d.decode()
+        assert order.index(7) <= 1
+        assert order.index(8) <= 3
+
+    def test_weights(self) -> None:
+        d = Driver(replace(LARGE, sequences=1, weights={"b": 3.0}))
+        for id in range(60):
+            d.handle(submitted(id, prompt=30, max_tokens=10, who="abcd"[id % 4]))
+        done: list[str] = []
+        while len(done) < 24:
+            d.plan()
+            done += ["abcd"[i.id % 4] for i in d.decode() if isinstance(i, m.Finish)]
+        assert done.count("b") >= 1.5 * done.count("a")
+        assert abs(done.count("a") - done.count("c")) <= 1
+
+    def test_idleness_saves_up_nothing(self) -> None:
+        d = Driver(replace(LARGE, sequences=1))
+        for id in range(1, 20):
+            d.handle(submitted(id, prompt=30, max_tokens=10, who="busy"))
+            d.run()
+        for id in range(20, 32):
+            d.handle(submitted(id, prompt=30, max_tokens=10, who=("busy", "new")[id % 2]))
+        order = []
+        while d.scheduler.sequences:
+            d.plan()
+            order += [i.id for i in d.decode() if isinstance(i, m.Finish)]
+        new = [order.index(id) for id in range(21, 32, 2)]
+        assert new[2] >= 4
+
+
+class TestPrefixes:
+    PROMPT = tuple(range(100))
+
+    def ask(self, d: Driver, id: int, prompt: tuple[int, ...], who: str = "a") -> int:
+        d.handle(m.Submitted(id, who, prompt, 4, GREEDY))
+        d.run()
+        return d.ended(id).ended.usage.cached_tokens
+
+    def test_the_same_again_but_for_its_last_token(self) -> None:
+        d = Driver(LARGE)
+        assert self.ask(d, 1, self.PROMPT) == 0
+        assert self.ask(d, 2, self.PROMPT) == 99
+
+    def test_a_conversation_goes_on(self) -> None:
+        d = Driver(LARGE)
+        self.ask(d, 1, self.PROMPT)
+        # Of 4 tokens of the answer the last was never decoded.
+        assert self.ask(d, 2, (*self.PROMPT, 7, 7, 7, 7, 500, 501)) == 103
+        assert len(d.scheduler.line.room.prefixes.kept) == 1
+
+    def test_others_find_nothing_but_what_is_public(self) -> None:
+        d = Driver(LARGE)
+        self.ask(d, 1, self.PROMPT)
+        assert self.ask(d, 2, self.PROMPT, who="b") == 0
+        d.handle(m.PublicDeclared((tuple(range(50)),)))
+        assert self.ask(d, 3, self.PROMPT, who="c") == 50
+
+    def test_a_running_sequence_is_shared(self) -> None:
+        d = Driver(LARGE)
+        d.handle(m.Submitted(1, "a", self.PROMPT, 200, GREEDY))
+        d.plan(), d.decode()
+        d.handle(m.Submitted(2, "a", (*self.PROMPT[:80], 999, 998), 4, GREEDY))
+        d.plan(), d.decode(), d.plan()
+        assert d.scheduler.running[2].reused == 80
+        assert m.CopyPrefix(d.scheduler.running[1].slot, d.scheduler.running[2].slot, 80) in d.said
+
+    def test_one_that_is_being_read_is_waited_for(self) -> None:
+        d = Driver(replace(LARGE, batch_tokens=60))
+        for id in range(1, 4):
+            d.handle(m.Submitted(id, "a", (*self.PROMPT, id), 4, GREEDY))
+        assert list(d.plan()) == [1]
+        d.handle(m.ProgressAsked(2))
+        assert d.said[-1] == m.Progress(2, 0, "a request with the same beginning is being read")
+        d.decode()
+        assert list(d.plan()) == [1]
+        d.decode()
+        d.run()
+        assert [d.ended(id).ended.usage.cached_tokens for id in (1, 2, 3)] == [0, 100, 100]
+
+    def test_what_has_no_room_is_saved_and_comes_back(self) -> None:
+        d = Driver(replace(LARGE, kv_tokens=300, context_size=250, saved_tokens=1000))
+        self.ask(d, 1, self.PROMPT)
+        self.ask(d, 2, tuple(range(1000, 1200)), who="b")
+        assert [type(i) for i in d.said].count(m.SaveSlot) == 1
+        assert self.ask(d, 3, self.PROMPT) == 99
+        assert [type(i) for i in d.said].count(m.RestoreSlot) == 1
+
+    def test_without_memory_to_save_it_is_dropped(self) -> None:
+        d = Driver(replace(LARGE, kv_tokens=300, context_size=250))
+        self.ask(d, 1, self.PROMPT)
+        self.ask(d, 2, tuple(range(1000, 1200)), who="b")
+        assert self.ask(d, 3, self.PROMPT) == 0
+
+    def test_separate_caches_only_go_on_where_they_are(self) -> None:
+        d = Driver(replace(LARGE, can_copy=False))
+        self.ask(d, 1, self.PROMPT)
+        assert self.ask(d, 2, (*self.PROMPT[:60], 999)) == 60
+        assert not any(isinstance(i, m.CopyPrefix) for i in d.said)
+
+    def test_what_cannot_be_cut_short_is_used_whole_or_not(self) -> None:
+        d = Driver(replace(LARGE, can_trim=False))
+        self.ask(d, 1, self.PROMPT)
+        assert self.ask(d, 2, self.PROMPT) == 0
+        assert self.ask(d, 3, (*self.PROMPT, 7, 7, 7, 7, 8)) == 103
+
+    def test_a_failed_step_leaves_nothing_to_reuse(self) -> None:
+        d = Driver(LARGE)
+        d.handle(m.Submitted(1, "a", self.PROMPT, 4, GREEDY))
+        d.plan(), d.decode(), d.plan()
+        d.handle(m.StepFailed(Failure("engine_crashed", "why")))
+        assert self.ask(d, 2, self.PROMPT) == 0
+
+
+class TestReproducible:
+    def test_it_has_a_slot_and_slices_of_its_own(self) -> None:
+        d = Driver(LARGE)
+        d.handle(submitted(1, prompt=100, max_tokens=3, reproducible=True))
+        steps = []
+        while rows := d.plan():
+            steps.append([(row.slot, row.start, len(row.tokens)) for row in rows.values()])
+            d.decode()
+        private = LARGE.private_slot
+        slices = [(private, 0, 32), (private, 32, 32), (private, 64, 32), (private, 96, 4)]
+        assert steps == [[row] for row in [*slices, (private, 100, 1), (private, 101, 1)]]
+        opened = next(i for i in d.said if isinstance(i, m.OpenSlot))
+        assert (opened.slot, opened.private_tokens) == (private, 103)
+
+    def test_its_steps_take_turns_with_the_others(self) -> None:
+        d = Driver(LARGE)
+        d.handle(submitted(1, prompt=100, max_tokens=40, reproducible=True))
+        d.handle(submitted(2, prompt=100, max_tokens=40))
+        order = []
+        for _ in range(20):
+            order += list(d.plan())
+            d.decode()
+        assert order == [1, 2] * 10
+
+    def test_one_at_a_time_and_nothing_is_reused(self) -> None:
+        d = Driver(LARGE)
+        for id in (1, 2):
+            d.handle(submitted(id, prompt=100, reproducible=True))
+        assert list(d.plan()) == [1]
+        d.handle(m.ProgressAsked(2))
+        assert d.said[-1] == m.Progress(2, 0, "another reproducible request is running")
+        d.decode()
+        d.run()
+        assert d.ended(2).ended.usage.cached_tokens == 0
+
+
+class TestDeadlines:
+    @pytest.mark.parametrize("when", ["queued", "in step", "between steps"])
+    def test_it_ends_wherever_it_is(self, when: str) -> None:
+        d = Driver()
+        d.handle(submitted(1))
+        if when != "queued":
+            d.plan()
+        if when == "between steps":
+            d.decode()
+        said = d.handle(m.DeadlinePassed(1))
+        if when == "in step":
+            assert said == []
+            d.decode()
+        failure = d.ended(1).ended.failure
+        assert failure is not None
+        assert failure.code == "deadline_exceeded"
+        assert not d.scheduler.sequences
+
+    def test_an_aborted_step_ends_who_gave_up_and_is_repeated_for_the_rest(self) -> None:
+        d = Driver()
+        for id, who in ((1, "a"), (2, "b")):
+            d.handle(submitted(id, who=who))
+        before = d.plan()
+        assert list(before) == [1, 2]
+        d.handle(m.CancelRequested(1))
+        d.handle(m.StepAborted())
+        assert d.ended(1).ended.reason is FinishReason.CANCELLED
+        assert d.plan() == {2: before[2]}
+
+
+def test_progress_says_who_goes_before() -> None:
+    d = Driver(replace(LARGE, sequences=1))
+    for id in range(1, 8):
+        d.handle(submitted(id, who="a"))
     d.plan()
-    assert set(d.scheduler.running) == {2, 4}
+    for id in (8, 9):
+        d.handle(submitted(id, who="b"))
+    for id, position in ((2, 0), (7, 5), (9, 1)):
+        (progress,) = d.handle(m.ProgressAsked(id))
+        assert isinstance(progress, m.Progress)
+        assert position <= progress.position <= position + 2
+        assert progress.reason
+    assert d.handle(m.ProgressAsked(77)) == []
+    (progress,) = d.handle(m.ProgressAsked(1))
+    assert isinstance(progress, m.Progress)
+    assert progress.admitted
 
 
 def test_full_queue_is_refused_and_says_so() -> None:
@@ -275,122 +572,4 @@ def test_repr_says_where_things_stand() -> None:
     d.handle(submitted(1))
     d.plan()
     d.handle(submitted(2))
-    assert repr(d.scheduler) == "<Scheduler 1 queued, 1 running, 7/64 KV tokens reserved>"
-
-
-class Machine(RuleBasedStateMachine):
-    ids = Bundle("ids")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scheduler = Scheduler(CAPACITY)
-        self.now = 0.0
-        self.count = 0
-        self.asked: dict[int, m.Submitted] = {}
-        self.text: dict[int, str] = {}
-        self.ends: dict[int, m.Finish] = {}
-        self.slots: set[int] = set()
-        self.produced: dict[int, int] = {}
-
-    def send(self, event: m.Event) -> None:
-        self.now += 0.5
-        for instruction in self.scheduler.handle(event, self.now):
-            self.obey(instruction)
-
-    def obey(self, instruction: m.Instruction) -> None:
-        match instruction:
-            case m.OpenSlot(slot=slot):
-                assert slot not in self.slots
-                self.slots.add(slot)
-            case m.CloseSlot(slot=slot):
-                self.slots.remove(slot)
-            case m.Emit(id=id, text=text):
-                assert id not in self.ends
-                assert text
-                self.text[id] += text
-            case m.Finish(id=id):
-                assert id not in self.ends
-                self.ends[id] = instruction
-
-    @rule(
-        target=ids,
-        prompt=st.integers(1, 24),
-        max_tokens=st.integers(1, 8),
-        stop=st.sampled_from([(), ("ab",), ("b", "aab")]),
-    )
-    def submit(self, prompt: int, max_tokens: int, stop: tuple[str, ...]) -> int:
-        self.count += 1
-        event = m.Submitted(self.count, "p", tuple(range(prompt)), max_tokens, GREEDY, stop)
-        self.asked[event.id], self.text[event.id] = event, ""
-        self.send(event)
-        return event.id
-
-    @rule(id=ids)
-    def cancel(self, id: int) -> None:
-        self.send(m.CancelRequested(id))
-
-    @rule(id=ids)
-    def reader_full(self, id: int) -> None:
-        self.send(m.ReaderFull(id))
-
-    @rule(id=ids)
-    def reader_ready(self, id: int) -> None:
-        self.send(m.ReaderReady(id))
-
-    @rule()
-    def ready(self) -> None:
-        self.send(m.EngineReady())
-
-    @rule(choices=st.lists(st.sampled_from(["a", "b", "é", "end", "nan"]), min_size=3, max_size=3))
-    def stepped(self, choices: list[str]) -> None:
-        if self.scheduler.step is None:
-            return
-        results = []
-        for row, choice in zip(self.scheduler.step.rows, choices, strict=False):
-            if row.sample:
-                failure = Failure("generation_failed", "nan") if choice == "nan" else None
-                piece = b"" if choice in ("end", "nan") else choice.encode()
-                results.append(m.Sampled(row.slot, 5, piece, choice == "end", failure))
-        self.send(m.Stepped(tuple(results)))
-
-    @rule()
-    def step_failed(self) -> None:
-        if self.scheduler.step is not None:
-            self.send(m.StepFailed(Failure("engine_crashed", "why")))
-
-    @invariant()
-    def agrees_with_itself(self) -> None:
-        self.scheduler.check_invariants()
-        assert self.slots == {s.slot for s in self.scheduler.running.values()}
-
-    @invariant()
-    def everybody_is_accounted_for(self) -> None:
-        assert set(self.asked) == set(self.ends) | set(self.scheduler.sequences)
-        assert not set(self.ends) & set(self.scheduler.sequences)
-        for id, finish in self.ends.items():
-            usage, asked = finish.ended.usage, self.asked[id]
-            assert usage.prompt_tokens == len(asked.prompt)
-            assert usage.completion_tokens <= asked.max_tokens
-            if finish.ended.reason is FinishReason.LENGTH:
-                assert usage.completion_tokens == asked.max_tokens
-            assert (finish.ended.reason is FinishReason.ERROR) == (finish.ended.failure is not None)
-        for id, text in self.text.items():
-            assert not any(stop in text for stop in self.asked[id].stop)
-
-    def teardown(self) -> None:
-        """Whatever happened, those who are left can still be served to their end."""
-        for id in list(self.scheduler.sequences):
-            self.send(m.ReaderReady(id))
-        for _ in range(2000):
-            self.send(m.EngineReady())
-            if self.scheduler.step is None:
-                break
-            rows = self.scheduler.step.rows
-            self.send(m.Stepped(tuple(m.Sampled(r.slot, 5, b"z", False) for r in rows if r.sample)))
-        assert not self.scheduler.sequences
-        assert set(self.ends) == set(self.asked)
-        assert self.scheduler.reserved_tokens == 0
-
-
-Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
-TestMachine = Machine.TestCase
+    assert repr(d.scheduler) == "<Scheduler 1 queued, 1 running, 7/64 KV tokens reserved, 0 kept>"

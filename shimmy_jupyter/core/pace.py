@@ -1,0 +1,97 @@
+"""How much goes into a step, from how long steps have taken.
+
+Two questions. How many sequences to decode together: with few rows a quantised model can be slower
+than with one, so the rate of each number is measured. How much of a prompt to decode beside them: as
+much as keeps a step within its time, but at least a third of it.
+"""
+
+from __future__ import annotations
+
+_SMOOTHING = 0.3
+_FEW = 8
+"""Beyond so many rows more have always been faster, and nothing else is tried."""
+_REFRESH = 64
+"""Decode steps after which a time that was not measured again is tried once more."""
+_HYSTERESIS = 1.05
+_LEAST = 8
+"""Tokens of a prompt that go into a step in any case."""
+_PROMPT_SHARE = 0.5
+"""Of the time of the rows beside it: what a prompt gets at least."""
+
+
+class Pace:
+    """Measured seconds: of decode steps by their rows, and of one more prompt token.
+
+    Thread counts have figures of their own, as they differ by more than what is decided here.
+    `guess` is the seconds of a prompt token before anything has been measured.
+    """
+
+    def __init__(
+        self, *, batch_tokens: int, step_seconds: float, prompt_seconds: float, guess: float
+    ) -> None:
+        self._batch_tokens = batch_tokens
+        self._step_seconds = step_seconds
+        self._prompt_seconds = prompt_seconds
+        self._token = guess
+        self._decode: dict[int, dict[int, tuple[float, int]]] = {}
+        self._threads = 1
+        self._steps = 0
+        self._prompts = 0
+
+    def observe(self, rows: int, prompt: int, seconds: float, threads: int) -> None:
+        """A step of `rows` decoding sequences and `prompt` tokens of prompts."""
+        self._threads = threads
+        if not prompt:
+            self._steps += 1
+            times = self._decode.setdefault(threads, {})
+            known = times.get(rows)
+            mean = seconds if known is None else _smooth(known[0], seconds)
+            times[rows] = (mean, self._steps)
+            return
+        beside = self._time(rows) or 0.0
+        # Never free: a step that was quicker than its rows alone tells of noise.
+        cost = max(seconds - beside, 0.2 * seconds) / prompt
+        self._prompts += 1
+        self._token += max(_SMOOTHING, 1 / self._prompts) * (cost - self._token)
+
+    def rows(self, ready: int) -> int:
+        """How many of the sequences that are ready to decode together now."""
+        if ready == 1 or ready > _FEW:
+            return ready
+        times = self._decode.get(self._threads, {})
+        for candidate in (ready, 1):
+            known = times.get(candidate)
+            if known is None or self._steps - known[1] > _REFRESH:
+                return candidate
+        best = ready
+        for candidate in range(ready - 1, 0, -1):
+            known = times.get(candidate)
+            if known and candidate / known[0] > _HYSTERESIS * best / times[best][0]:
+                best = candidate
+        return best
+
+    def prompt_tokens(self, rows: int) -> int:
+        """Tokens of prompts that may go beside so many decoding sequences."""
+        if not rows:
+            room = self._prompt_seconds
+        else:
+            beside = self._time(rows) or 0.0
+            room = max(self._step_seconds - beside, _PROMPT_SHARE * beside)
+        tokens = int(min(room / self._token, self._batch_tokens))
+        return min(max(tokens, _LEAST), self._batch_tokens - rows)
+
+    @property
+    def token_seconds(self) -> float:
+        """What one more prompt token costs."""
+        return self._token
+
+    def _time(self, rows: int) -> float | None:
+        """Of a step with so many rows, from the nearest number that has been measured."""
+        times = self._decode.get(self._threads) or next(iter(self._decode.values()), None)
+        if not rows or not times:
+            return None
+        return times[min(times, key=lambda known: abs(known - rows))][0]
+
+
+def _smooth(mean: float, value: float) -> float:
+    return mean + _SMOOTHING * (value - mean)

@@ -1,0 +1,130 @@
+"""Which rows the next step holds. Each step is one native call.
+
+Sequences that decode go first, as many as the model's measured rate asks for, and prompts go beside
+them in slices that keep the step within its time. Where that time does not bind, as a whole batch of
+prompt is quick, decoding and prompts take turns instead: a prompt then keeps to calls of its own,
+which keeps company from changing what is computed. A reproducible sequence's steps take turns with
+everybody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from . import messages as m
+from .line import Line
+from .pace import Pace
+from .sequence import Sequence, State
+
+TILE = 64
+"""From this many rows on, flash attention on a processor sums in tiles, in another order."""
+PRIVATE_SLICE = 32
+"""Prompt tokens in a step of a reproducible sequence. Always so many: slices change sums."""
+
+
+class Planner:
+    """Admits whom it has room for in the step, with `admitted` told of each."""
+
+    def __init__(
+        self, capacity: m.Capacity, line: Line, pace: Pace, admitted: Callable[[Sequence], None]
+    ) -> None:
+        self._capacity = capacity
+        self._line = line
+        self._pace = pace
+        self._admitted = admitted
+        self._turn = 0
+        self._last_was_private = False
+        self._last_was_prompt = False
+
+    def rows(self, now: float, out: list[m.Instruction]) -> list[m.Row]:
+        """The next step's rows, none where there is nothing to do; `out` gets what comes before."""
+        if self._last_was_private:
+            rows = self._shared(now, out)
+            if rows:
+                self._last_was_private = False
+                return rows
+        private = self._private(now, out)
+        if private:
+            self._last_was_private = True
+            return private
+        self._last_was_private = False
+        return self._shared(now, out)
+
+    def _private(self, now: float, out: list[m.Instruction]) -> list[m.Row]:
+        fresh = self._line.private is None
+        sequence = self._line.admit_private(now, out)
+        if sequence is None:
+            return []
+        if fresh:
+            self._admitted(sequence)
+        if sequence.state is State.PREFILL:
+            return [self._prompt_row(sequence, PRIVATE_SLICE)]
+        return [self._decode_row(sequence)] if sequence.state is State.DECODE else []
+
+    def _shared(self, now: float, out: list[m.Instruction]) -> list[m.Row]:
+        running = self._line.room.running.values()
+        ready = [s for s in running if s.state is State.DECODE]
+        room = self._pace.prompt_tokens(len(ready))
+        binds = room < self._capacity.batch_tokens - len(ready)
+        if ready and not binds and self._last_was_prompt:
+            prompts: list[m.Row] = []
+        else:
+            prompts = list(self._prompts(room, now, out, together=binds))
+        self._last_was_prompt = bool(prompts)
+        if not prompts:
+            return [self._decode_row(s) for s in self._whose_turn(ready)]
+        return [*(self._decode_row(s) for s in ready if binds), *prompts]
+
+    def _whose_turn(self, ready: list[Sequence]) -> list[Sequence]:
+        if not ready:
+            return []
+        count = self._pace.rows(len(ready))
+        if count == len(ready):
+            return ready
+        counters = self._line.counters
+        return sorted(ready, key=lambda s: (counters[s.principal], s.turn))[:count]
+
+    def _prompts(
+        self, room: int, now: float, out: list[m.Instruction], *, together: bool
+    ) -> Iterator[m.Row]:
+        """Slices of prompts, whoever was served least first; then of those who are admitted.
+
+        Unless they are `together` with all else, prompts share a call only while they are short.
+        """
+        total = 0
+        counters = self._line.counters
+        begun = [s for s in self._line.room.running.values() if s.state is State.PREFILL]
+        begun.sort(key=lambda s: (counters[s.principal], s.id), reverse=True)
+        while total < room:
+            fresh = self._line.first()
+            if fresh is not None and begun:
+                served, waits = begun[-1].principal, fresh.principal
+                fresh = fresh if counters[waits] < counters[served] else None
+            sequence = fresh or (begun[-1] if begun else None)
+            if sequence is None or not (
+                not total or together or total + sequence.prompt_left < TILE
+            ):
+                return
+            if fresh is not None:
+                self._line.admit(fresh, now, out)
+                self._admitted(fresh)
+            else:
+                begun.pop()
+            row = self._prompt_row(sequence, room - total)
+            total += len(row.tokens)
+            yield row
+
+    def _prompt_row(self, sequence: Sequence, room: int) -> m.Row:
+        take = min(sequence.prompt_left, room)
+        tokens = sequence.prompt[sequence.cached : sequence.cached + take]
+        self._in_step(sequence)
+        return m.Row(sequence.slot, sequence.cached, tokens, take == sequence.prompt_left)
+
+    def _decode_row(self, sequence: Sequence) -> m.Row:
+        self._in_step(sequence)
+        return m.Row(sequence.slot, sequence.cached, (sequence.answer[-1],), sample=True)
+
+    def _in_step(self, sequence: Sequence) -> None:
+        self._turn += 1
+        sequence.turn = self._turn
+        sequence.in_step = True

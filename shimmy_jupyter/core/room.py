@@ -1,0 +1,176 @@
+"""Slots and KV cells: who has them, what is kept for later, and who may have more.
+
+Running sequences have their whole reservation (prompt + max_tokens) set aside. What ended sequences
+leave is kept while there is room, then saved to host memory least recently used first, then dropped.
+Shared cells are counted for each who shares them, so what is promised is always there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from . import messages as m
+from .prefix import MIN_SHARED, Entry, Match, PrefixCache
+from .sequence import Sequence
+
+_SLOT_SHARE = 4
+_KV_SHARE = 3
+"""A principal with something running may have so many times what is left free (dynamic thresholds,
+Choudhury and Hahne, IEEE/ACM Transactions on Networking 1998). So a newcomer finds room."""
+
+
+def running_limit(sequences: int) -> int:
+    """Sequences of all principals together: a quarter more than any one may have."""
+    return sequences + max(1, sequences // _SLOT_SHARE)
+
+
+class Room:
+    """`place` and `release` say what the backend has to do; nothing else changes what they own."""
+
+    def __init__(self, capacity: m.Capacity) -> None:
+        self.capacity = capacity
+        self.prefixes = PrefixCache(whole=not capacity.can_trim)
+        self.running: dict[int, Sequence] = {}
+        """By slot, without the one in the private slot."""
+        self.free_slots = list(range(capacity.slots - 1, -1, -1))
+        self.reserved_tokens = 0
+        self._theirs: dict[str, tuple[int, int]] = {}
+        """Running sequences of each principal that has any, and what they have reserved."""
+        self._limit = min(capacity.slots, running_limit(capacity.sequences))
+
+    # Questions
+
+    def refuses(self, sequence: Sequence) -> str | None:
+        """Why its principal may have no more at the moment; None if it may."""
+        theirs = self._theirs.get(sequence.principal)
+        if theirs is None:
+            return None
+        count, tokens = theirs
+        free = self._limit - len(self.running)
+        if count >= min(self.capacity.sequences, _SLOT_SHARE * free):
+            return f"{count} requests of yours are running, as many as one may have now"
+        left = self.capacity.kv_tokens - self.reserved_tokens - sequence.reserved
+        if tokens + sequence.reserved > _KV_SHARE * left:
+            return "your running requests have as much of the KV cache as one may have now"
+        return None
+
+    def lacks(self, sequence: Sequence) -> str | None:
+        """What is not free that the sequence needs, though everything kept were dropped."""
+        if len(self.running) >= self._limit:
+            return "all places in the batch are taken"
+        if self.reserved_tokens + sequence.reserved > self.capacity.kv_tokens:
+            return "the KV cache has no room for its prompt and max_tokens yet"
+        return None
+
+    # Changes
+
+    def place(self, sequence: Sequence) -> list[m.Instruction]:
+        """Give a slot and KV room, with as much of the prompt as is there already."""
+        match = self.prefixes.match(sequence.prompt, sequence.principal, self._live())
+        if match is not None and not self._usable(match, sequence):
+            match = None
+        out: list[m.Instruction] = []
+        if match is not None and self._takes_over(match):
+            sequence.slot = match.place
+            del self.prefixes.kept[match.place]
+            self._make_room(sequence.reserved, None, out)
+        else:
+            source = match.entry if match is not None and not match.saved else None
+            self._make_room(sequence.reserved, source, out)
+            sequence.slot = self._empty_slot(source, out)
+        if match is not None:
+            self.prefixes.touch(match)
+            sequence.cached = sequence.reused = match.tokens
+            out += self._fill(sequence.slot, match)
+        self.running[sequence.slot] = sequence
+        self._count(sequence, 1)
+        return out
+
+    def release(self, sequence: Sequence, *, keep: bool) -> m.CloseSlot:
+        """Take a sequence's slot and room back, keeping what is worth it."""
+        del self.running[sequence.slot]
+        self._count(sequence, -1)
+        size = sequence.cached if keep and sequence.cached >= MIN_SHARED else 0
+        if size:
+            self.prefixes.keep(sequence.slot, sequence.principal, sequence.computed())
+        else:
+            self.free_slots.append(sequence.slot)
+        return m.CloseSlot(sequence.slot, size)
+
+    def _count(self, sequence: Sequence, sign: int) -> None:
+        self.reserved_tokens += sign * sequence.reserved
+        count, tokens = self._theirs.pop(sequence.principal, (0, 0))
+        if count + sign:
+            now = count + sign, tokens + sign * sequence.reserved
+            self._theirs[sequence.principal] = now
+
+    def _live(self) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+        if self.capacity.can_copy:
+            for slot, sequence in self.running.items():
+                # Where nothing can be cut short, a copy of what goes on growing is of no use.
+                if self.capacity.can_trim and sequence.cached >= MIN_SHARED:
+                    yield slot, sequence.principal, sequence.computed()
+
+    def _usable(self, match: Match, sequence: Sequence) -> bool:
+        """Whether the match can be had together with the reservation."""
+        if match.entry is None or self._takes_over(match):
+            return True
+        left = self.capacity.kv_tokens - self.reserved_tokens
+        if match.saved:
+            # It is restored whole before it is cut short, within what is reserved.
+            return match.entry.size <= sequence.reserved
+        spare_slot = len(self.running) + 1 < self.capacity.slots
+        return (
+            self.capacity.can_copy and spare_slot and match.entry.size + sequence.reserved <= left
+        )
+
+    def _takes_over(self, match: Match) -> bool:
+        """Go on in the slot itself rather than in a copy: where little of it would be lost."""
+        if match.entry is None or match.saved:
+            return False
+        return not self.capacity.can_copy or 2 * match.tokens >= match.entry.size
+
+    def _fill(self, slot: int, match: Match) -> Iterator[m.Instruction]:
+        if match.saved:
+            yield m.RestoreSlot(match.place, slot)
+        elif match.place != slot:
+            yield m.CopyPrefix(match.place, slot, match.tokens)
+            return
+        if match.entry is not None and match.tokens < match.entry.size:
+            yield m.TrimSlot(slot, match.tokens)
+
+    def _make_room(self, tokens: int, source: Entry | None, out: list[m.Instruction]) -> None:
+        """Evict what is kept, but not `source`, until so many cells are free."""
+        left = self.capacity.kv_tokens - self.reserved_tokens - tokens
+        while self.prefixes.kept_tokens > left:
+            self.free_slots.append(self._evict(source, out))
+
+    def _empty_slot(self, source: Entry | None, out: list[m.Instruction]) -> int:
+        return self.free_slots.pop() if self.free_slots else self._evict(source, out)
+
+    def _evict(self, source: Entry | None, out: list[m.Instruction]) -> int:
+        """Empty the slot that was used least recently, saving its KV where that is worth it."""
+        entry = self.prefixes.oldest(self.prefixes.kept, source)
+        assert entry is not None, "there is always room for what may be admitted"
+        if entry.size <= self.capacity.saved_tokens and not self.prefixes.is_elsewhere(entry):
+            while self.prefixes.saved_tokens + entry.size > self.capacity.saved_tokens:
+                oldest = self.prefixes.oldest(self.prefixes.saved)
+                assert oldest is not None
+                del self.prefixes.saved[oldest.place]
+                out.append(m.DropSaved(oldest.place))
+            out.append(m.SaveSlot(entry.place, self.prefixes.save(entry).place))
+        del self.prefixes.kept[entry.place]
+        out.append(m.TrimSlot(entry.place, 0))
+        return entry.place
+
+    def check_invariants(self) -> None:
+        cap = self.capacity
+        slots = [*self.running, *self.prefixes.kept, *self.free_slots]
+        assert sorted(slots) == list(range(cap.slots))
+        assert len(self.running) <= self._limit
+        assert self.reserved_tokens == sum(s.reserved for s in self.running.values())
+        assert self.reserved_tokens + self.prefixes.kept_tokens <= cap.kv_tokens
+        assert self.prefixes.saved_tokens <= cap.saved_tokens
+        for slot, entry in self.prefixes.kept.items():
+            assert entry.place == slot
+            assert entry.size >= MIN_SHARED

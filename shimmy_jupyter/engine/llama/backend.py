@@ -1,0 +1,267 @@
+"""The `Backend` on llama.cpp: one model, one context for everybody, and one for whoever must be
+reproducible. Native failures become `errors.py` here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ...core.messages import CloseSlot, OpenSlot, SlotChange, Step
+from ...core.planning import PRIVATE_SLICE
+from ...errors import EngineCrashed, EngineLost, ModelLoadFailed
+from ...types import ModelFacts
+from .. import processors
+from ..alarm import Alarm
+from ..backend import LoadSpec, StepResult
+from . import facts, offload
+from .binding import initialise, listen, native, quick, why
+from .context import AbortFlag, Context, ContextSpec
+from .facts import Vocabulary
+
+log = logging.getLogger("shimmy_jupyter.llama")
+
+_DEFAULT_CONTEXT = 8192
+_DEFAULT_KV_TOKENS = 16384
+_KV_MEMORY_SHARE = 4
+_OWN_CACHES_BYTES = 256 << 20
+_MOST_SLOTS = 256  # llama.cpp's own limit
+
+
+class LlamaBackend:
+    """A GGUF file loaded by llama.cpp."""
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._vocabulary: Vocabulary
+        self._shared: Context | None = None
+        self._private: Context | None = None
+        self._private_slot = -1
+        self._flag = AbortFlag()
+        self._alarm = Alarm(self._flag.raise_)
+        self._can_trim = True
+        self._threads = 1
+        self._in_use = threading.Lock()
+        """Held while tokenizing, so that the model is not freed under another thread's hands."""
+
+    # Loading
+
+    def load(self, spec: LoadSpec) -> ModelFacts:
+        initialise()
+        _be_nice(spec.nice)
+        layers = self._load_model(spec)
+        try:
+            return self._load_context(spec, layers)
+        except BaseException:
+            self.unload()
+            raise
+
+    def _load_model(self, spec: LoadSpec) -> int:
+        """Returns the layers that are on a GPU."""
+        wanted = _layers(spec)
+        while True:
+            params = native.llama_model_default_params()
+            params.n_gpu_layers = wanted
+            listen()
+            self._model = native.llama_model_load_from_file(os.fsencode(spec.path), params)
+            if self._model:
+                return wanted
+            if not wanted:
+                raise ModelLoadFailed(f"llama.cpp refused the file: {why(spec.path)}")
+            log.warning("%d layers do not fit on the GPU: %s", wanted, why(spec.path))
+            wanted //= 2
+
+    def _load_context(self, spec: LoadSpec, layers: int) -> ModelFacts:
+        model = self._model
+        if quick.llama_model_has_encoder(model) or not quick.llama_model_has_decoder(model):
+            raise ModelLoadFailed("this model has an encoder: it cannot continue a prompt")
+        self._vocabulary = vocabulary = Vocabulary(model)
+        self._can_trim = not (
+            quick.llama_model_is_recurrent(model) or quick.llama_model_is_hybrid(model)
+        )
+        self._threads = spec.threads or processors.available()
+        context_size, shape = self._sizes(spec)
+        self._private_slot = shape.slots
+        self._shared = Context(model, vocabulary, shape, self._flag)
+        if not self._shared.ok:
+            raise ModelLoadFailed(
+                f"llama.cpp could not make a context of {shape.kv_tokens} tokens; "
+                "lower ShimmyEngine.kv_tokens or ShimmyEngine.context_size"
+            )
+        try:
+            wrong = self._shared.works()
+        except EngineCrashed as error:
+            raise ModelLoadFailed(f"the model failed on its first token: {error}") from error
+        if wrong is not None:
+            raise ModelLoadFailed(wrong)
+        texts = vocabulary.texts()
+        idle = offload.unused()
+        if idle is not None:
+            log.warning("%s", idle)
+        return ModelFacts(
+            architecture=facts.metadata(model).get("general.architecture", ""),
+            description=facts.description(model),
+            parameters=quick.llama_model_n_params(model),
+            size_bytes=quick.llama_model_size(model),
+            context_size=context_size,
+            kv_tokens=shape.kv_tokens,
+            vocabulary=vocabulary.size,
+            chat_template=facts.chat_template(model),
+            special=vocabulary.named(),
+            longest_token=max(map(len, texts)),
+            special_tokens=tuple(vocabulary.special(texts)),
+            slots=shape.slots,
+            can_copy=not shape.own,
+            can_trim=self._can_trim,
+            kv_bytes_per_token=facts.kv_bytes_per_token(model),
+            threads=self._threads,
+            offloaded_layers=layers if quick.llama_supports_gpu_offload() else 0,
+            notes=(idle,) if idle is not None else (),
+        )
+
+    def _sizes(self, spec: LoadSpec) -> tuple[int, ContextSpec]:
+        """Context per sequence in tokens, and the shape of the cache that all share.
+
+        What is not set follows the model: its trained context up to 8,192; a whole context for each
+        slot where all of them are small, for then the others' cells cannot change an answer; else
+        a pool of 16,384 for all, or as much as takes a quarter of the memory that is free. A pool
+        has slots to spare for prefixes that are kept.
+        """
+        trained = quick.llama_model_n_ctx_train(self._model)
+        context = spec.context_size or min(trained, _DEFAULT_CONTEXT)
+        if context > trained:
+            raise ModelLoadFailed(
+                f"ShimmyEngine.context_size is {context}, but the model knows only {trained}"
+            )
+        per_token, pool, free = (
+            facts.kv_bytes_per_token(self._model), spec.kv_tokens, _available_memory(),
+        )  # fmt: skip
+        if pool * per_token > free:
+            raise ModelLoadFailed(
+                f"ShimmyEngine.kv_tokens {pool} needs "
+                f"{pool * per_token / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            )
+        slots = min(_MOST_SLOTS, spec.running)
+        whole = math.ceil(context / 256) * 256
+        if not pool and slots * whole * per_token <= _OWN_CACHES_BYTES:
+            own = ContextSpec(slots * whole, slots, spec.batch_tokens, self._threads, own=True)
+            return context, own
+        if not pool:
+            affordable = free // _KV_MEMORY_SHARE // per_token
+            pool = max(context, min(_DEFAULT_KV_TOKENS, affordable))
+        pool = math.ceil(pool / 256) * 256
+        slots = min(_MOST_SLOTS, 2 * slots)
+        return min(context, pool), ContextSpec(pool, slots, spec.batch_tokens, self._threads)
+
+    def unload(self) -> None:
+        self._alarm.close()
+        with self._in_use:
+            self._close_private()
+            if self._shared is not None:
+                self._shared.close()
+                self._shared = None
+            if self._model:
+                native.llama_model_free(self._model)
+                self._model = None
+
+    # Use
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        with self._in_use:
+            if not self._model:
+                raise EngineLost("the model has been unloaded")
+            tokens = self._vocabulary.tokenize(text)
+        if tokens is None:
+            raise EngineCrashed("llama.cpp could not tokenize the prompt")
+        return tokens
+
+    def apply(self, change: SlotChange) -> None:
+        shared = self._shared
+        if shared is None:
+            raise EngineLost("the model has been unloaded")
+        match change:
+            case OpenSlot(private_tokens=size) if size:
+                self._open_private(change)
+            case CloseSlot(slot=slot) if slot == self._private_slot:
+                self._close_private()
+            case _:
+                shared.apply(change)
+
+    def step(self, step: Step, threads: int, limit: float | None = None) -> StepResult:
+        began = time.perf_counter()
+        private = step.rows[0].slot == self._private_slot
+        context = self._private if private else self._shared
+        if context is None:
+            raise EngineCrashed("there is no memory for a context of its own at the moment")
+        self._flag.lower()
+        rows = step.rows
+        if limit is not None and self._can_trim:
+            self._alarm.arm(limit)
+        try:
+            done = context.decode(rows, self._threads if private else threads)
+        finally:
+            self._alarm.disarm()
+        if done is None:
+            return StepResult((), time.perf_counter() - began, aborted=True)
+        seconds, asked = done
+        return StepResult(tuple(context.sample(slot, index) for slot, index in asked), seconds)
+
+    def abort(self) -> None:
+        # What cannot be cut short cannot be taken back either.
+        if self._can_trim:
+            self._flag.raise_()
+
+    def _open_private(self, slot: OpenSlot) -> None:
+        """A context of its own, each time: nothing that was there before can change a sum."""
+        tokens = math.ceil(slot.private_tokens / 256) * 256
+        spec = ContextSpec(tokens, 1, PRIVATE_SLICE, self._threads)
+        context = Context(self._model, self._vocabulary, spec, self._flag)
+        if not context.ok:
+            return
+        self._private = context
+        context.apply(slot)
+
+    def _close_private(self) -> None:
+        if self._private is not None:
+            self._private.close()
+            self._private = None
+
+
+def _layers(spec: LoadSpec) -> int:
+    """Layers to offload: as many as were asked for, else as many as fit."""
+    if spec.gpu_layers >= 0:
+        return spec.gpu_layers
+    found = offload.devices()
+    if not found:
+        return 0
+    params = native.llama_model_default_params()
+    params.vocab_only = True
+    model = native.llama_model_load_from_file(os.fsencode(spec.path), params)
+    if not model:
+        return 0  # it will be refused with a reason
+    layers = quick.llama_model_n_layer(model)
+    kv = facts.kv_bytes_per_token(model) * (spec.kv_tokens or _DEFAULT_KV_TOKENS)
+    native.llama_model_free(model)
+    fitting = offload.fitting_layers(
+        layers, Path(spec.path).stat().st_size, kv, sum(device.free for device in found)
+    )
+    log.info("offloading %d of %d layers to %s", fitting, layers + 1, found)
+    return fitting
+
+
+def _be_nice(nice: int) -> None:
+    """For this thread and those that it starts, which compute. Elsewhere it is the whole process."""
+    if nice and sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+
+
+def _available_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,210 @@
+"""A native context: KV cache, batch and sampler chains, and the flag that aborts a decode."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...core.messages import (
+    CloseSlot,
+    CopyPrefix,
+    DropSaved,
+    OpenSlot,
+    RestoreSlot,
+    Row,
+    Sampled,
+    SaveSlot,
+    SlotChange,
+    TrimSlot,
+)
+from ...errors import EngineCrashed, EngineLost
+from ...types import Failure
+from .binding import native, quick
+from .facts import Vocabulary
+from .sampling import sampler_chain
+
+NOT_FINITE = Failure(
+    "generation_failed",
+    "the model computed numbers that are not finite; its file is probably damaged",
+)
+_ABORTED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ContextSpec:
+    """Sizes in tokens. With `own` each slot has its own part of the cache."""
+
+    kv_tokens: int
+    slots: int
+    batch_tokens: int
+    threads: int
+    own: bool = False
+
+
+class AbortFlag:
+    """Two bytes that llama.cpp asks about with `strlen`: no Python runs, and no GIL is needed.
+
+    A callback in Python would be called hundreds of times a step.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = ctypes.create_string_buffer(2)
+        self._strlen = ctypes.CDLL(None).strlen
+
+    def attach(self, context: Any) -> None:
+        callback = ctypes.cast(self._strlen, native.ggml_abort_callback)
+        native.llama_set_abort_callback(context, callback, ctypes.addressof(self._bytes))
+
+    def raise_(self) -> None:
+        self._bytes[0] = b"\x01"
+
+    def lower(self) -> None:
+        self._bytes[0] = b"\x00"
+
+
+class Context:
+    """One thread uses it. Where llama.cpp could not make it, `ok` is False."""
+
+    def __init__(
+        self, model: Any, vocabulary: Vocabulary, spec: ContextSpec, flag: AbortFlag
+    ) -> None:
+        params = native.llama_context_default_params()
+        params.n_ctx = spec.kv_tokens
+        params.n_batch = params.n_ubatch = spec.batch_tokens
+        params.n_seq_max = spec.slots
+        params.n_outputs_max = spec.slots
+        params.n_threads = params.n_threads_batch = spec.threads
+        params.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_AUTO
+        params.kv_unified = not spec.own
+        params.no_perf = True
+        self.handle = native.llama_init_from_model(model, params)
+        self.ok = bool(self.handle)
+        self.samplers: dict[int, Any] = {}
+        self.saved: dict[int, Any] = {}
+        self._vocabulary = vocabulary
+        self._flag = flag
+        self._threads = spec.threads
+        self._alone = spec.slots == 1
+        if not self.ok:
+            return
+        self.memory = quick.llama_get_memory(self.handle)
+        self.batch = native.llama_batch_init(spec.batch_tokens, 0, 1)
+        for i in range(spec.batch_tokens):
+            self.batch.n_seq_id[i] = 1
+        flag.attach(self.handle)
+
+    def close(self) -> None:
+        if not self.ok:
+            return
+        self.ok = False
+        for slot in list(self.samplers):
+            self._close_sampler(slot)
+        self.saved.clear()
+        native.llama_batch_free(self.batch)
+        native.llama_free(self.handle)
+
+    # What a slot holds
+
+    def apply(self, change: SlotChange) -> None:
+        match change:
+            case OpenSlot():
+                chain = sampler_chain(change.sampling, self._vocabulary.size)
+                self.samplers[change.slot] = chain
+                for token in change.recent:
+                    quick.llama_sampler_accept(chain, token)
+            case CloseSlot():
+                self._close_sampler(change.slot)
+                self._trim(change.slot, change.keep)
+            case TrimSlot():
+                self._trim(change.slot, change.tokens)
+            case CopyPrefix(source, target, tokens):
+                quick.llama_memory_seq_cp(self.memory, source, target, 0, tokens)
+            case SaveSlot():
+                self._save(change.slot, change.key)
+            case RestoreSlot():
+                self._restore(change.key, change.slot)
+            case DropSaved():
+                del self.saved[change.key]
+
+    def _close_sampler(self, slot: int) -> None:
+        quick.llama_sampler_free(self.samplers.pop(slot))
+
+    def _trim(self, slot: int, tokens: int) -> None:
+        """Forget positions from `tokens` on."""
+        quick.llama_memory_seq_rm(self.memory, slot, tokens or -1, -1)
+
+    def _save(self, slot: int, key: int) -> None:
+        size = quick.llama_state_seq_get_size(self.handle, slot)
+        data = (ctypes.c_uint8 * size)()
+        if native.llama_state_seq_get_data(self.handle, data, size, slot) != size:
+            raise EngineLost("llama.cpp could not save a sequence's KV")
+        self.saved[key] = data
+
+    def _restore(self, key: int, slot: int) -> None:
+        data = self.saved[key]
+        if not native.llama_state_seq_set_data(self.handle, data, len(data), slot):
+            raise EngineLost("llama.cpp could not restore a sequence's KV")
+
+    # Decoding
+
+    def decode(
+        self, rows: Sequence[Row], threads: int
+    ) -> tuple[float, list[tuple[int, int]]] | None:
+        """Seconds and the (slot, batch index) pairs to sample; None where it was aborted."""
+        if threads != self._threads:
+            quick.llama_set_n_threads(self.handle, threads, threads)
+            self._threads = threads
+        asked = self._fill(rows)
+        began = time.perf_counter()
+        code = native.llama_decode(self.handle, self.batch)
+        seconds = time.perf_counter() - began
+        if code == _ABORTED:
+            for row in rows:
+                self._trim(0 if self._alone else row.slot, row.start)
+            return None
+        if code != 0:
+            raise EngineCrashed(f"llama.cpp could not decode this batch (llama_decode: {code})")
+        return seconds, asked
+
+    def sample(self, slot: int, index: int) -> Sampled:
+        token = quick.llama_sampler_sample(self.samplers[slot], self.handle, index)
+        # Sampling from NaN or -inf logits yields a token without complaint.
+        if not math.isfinite(quick.llama_get_logits_ith(self.handle, index)[token]):
+            return Sampled(slot, token, b"", False, NOT_FINITE)
+        piece, end = self._vocabulary.piece(token)
+        return Sampled(slot, token, piece, end)
+
+    def works(self) -> str | None:
+        """Decode one token, so that the first request does not pay for first touches.
+
+        Returns what is wrong with the model, if anything.
+        """
+        token = max(0, self._vocabulary.bos)
+        result = self.decode([Row(0, 0, (token,), sample=True)], self._threads)
+        if result is None or not math.isfinite(quick.llama_get_logits_ith(self.handle, 0)[token]):
+            return NOT_FINITE.message
+        # Zeroing gigabytes of KV takes long enough to let others run meanwhile.
+        native.llama_memory_clear(self.memory, True)
+        return None
+
+    def _fill(self, rows: Sequence[Row]) -> list[tuple[int, int]]:
+        batch, at = self.batch, 0
+        token, position, sequence, logits = batch.token, batch.pos, batch.seq_id, batch.logits
+        asked: list[tuple[int, int]] = []
+        for row in rows:
+            slot = 0 if self._alone else row.slot
+            for offset, value in enumerate(row.tokens):
+                token[at] = value
+                position[at] = row.start + offset
+                sequence[at][0] = slot
+                logits[at] = False
+                at += 1
+            if row.sample:
+                logits[at - 1] = True
+                asked.append((row.slot, at - 1))
+        batch.n_tokens = at
+        return asked

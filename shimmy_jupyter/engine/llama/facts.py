@@ -1,0 +1,105 @@
+"""What a loaded model's file says of it, read through llama.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+from .binding import native, quick
+
+
+def metadata(model: Any) -> dict[str, str]:
+    """Scalar metadata; long values (vocabularies, templates) are left out."""
+    buffer = ctypes.create_string_buffer(512)
+    found = {}
+    for i in range(quick.llama_model_meta_count(model)):
+        quick.llama_model_meta_key_by_index(model, i, buffer, len(buffer))
+        key = buffer.value.decode("utf-8", "replace")
+        size = quick.llama_model_meta_val_str_by_index(model, i, buffer, len(buffer))
+        if 0 <= size < len(buffer):
+            found[key] = buffer.value.decode("utf-8", "replace")
+    return found
+
+
+def kv_bytes_per_token(model: Any) -> int:
+    """Keys and values of all layers, 2 bytes an element (F16, the cache's default type)."""
+    values = metadata(model)
+    arch = values.get("general.architecture", "")
+    heads = max(1, quick.llama_model_n_head(model))
+    width = quick.llama_model_n_embd(model) // heads
+    key = int(values.get(f"{arch}.attention.key_length", width))
+    value = int(values.get(f"{arch}.attention.value_length", width))
+    kv_heads = int(quick.llama_model_n_head_kv(model))
+    return max(1, 2 * int(quick.llama_model_n_layer(model)) * kv_heads * (key + value))
+
+
+def description(model: Any) -> str:
+    buffer = ctypes.create_string_buffer(256)
+    quick.llama_model_desc(model, buffer, len(buffer))
+    return buffer.value.decode("utf-8", "replace")
+
+
+def chat_template(model: Any) -> str | None:
+    template = quick.llama_model_chat_template(model, None)
+    return template.decode("utf-8", "replace") if template else None
+
+
+class Vocabulary:
+    """Tokens and their bytes. `pieces` remembers what has been looked up."""
+
+    def __init__(self, model: Any) -> None:
+        self.handle = quick.llama_model_get_vocab(model)
+        self.size = int(quick.llama_vocab_n_tokens(self.handle))
+        self.bos = int(quick.llama_vocab_bos(self.handle))
+        self._pieces: dict[int, tuple[bytes, bool]] = {}
+
+    def tokenize(self, text: str) -> tuple[int, ...] | None:
+        """Special tokens recognised, BOS in front once; None where llama.cpp cannot."""
+        data = text.encode()
+        room = len(data) + 2
+        tokens = (native.llama_token * room)()
+        count = native.llama_tokenize(self.handle, data, len(data), tokens, room, False, True)
+        if count < 0:
+            return None
+        found = tuple(tokens[:count])
+        # Not left to llama.cpp: it adds one even where a chat template has written it already.
+        if quick.llama_vocab_get_add_bos(self.handle) and found[:1] != (self.bos,):
+            return (self.bos, *found)
+        return found
+
+    def piece(self, token: int) -> tuple[bytes, bool]:
+        """A token's bytes (none for control tokens) and whether it ends a generation."""
+        known = self._pieces.get(token)
+        if known is None:
+            end = bool(quick.llama_vocab_is_eog(self.handle, token))
+            known = self._pieces[token] = (self._bytes(token, special=False), end)
+        return known
+
+    def named(self) -> dict[str, str]:
+        """The special tokens that chat templates name."""
+        eos = quick.llama_vocab_eos(self.handle)
+        return {"bos_token": self._text(self.bos), "eos_token": self._text(eos)}
+
+    def texts(self) -> list[bytes]:
+        """As stored: byte-level vocabularies write some bytes as two."""
+        get = quick.llama_vocab_get_text
+        return [get(self.handle, token) or b"" for token in range(self.size)]
+
+    def special(self, texts: list[bytes]) -> Iterator[str]:
+        marked = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_USER_DEFINED
+        for token, text in enumerate(texts):
+            if quick.llama_vocab_get_attr(self.handle, token) & marked:
+                yield text.decode("utf-8", "replace")
+
+    def _text(self, token: int) -> str:
+        return self._bytes(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
+    def _bytes(self, token: int, *, special: bool) -> bytes:
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = quick.llama_token_to_piece(self.handle, token, buffer, size, 0, special)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count

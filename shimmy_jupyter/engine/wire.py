@@ -1,0 +1,336 @@
+"""What crosses between the server and the engine's process: frames of JSON.
+
+A frame is its length in four bytes, then JSON in ASCII. A message is a list of its class's name and
+its fields in order; bytes are text of the code points up to 255. Never pickle: a hostile model file
+may own the other end. Whatever arrives is a message each of whose fields has its type, and whose
+numbers can be counted with, or it is a `WireError`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import chain
+from operator import attrgetter
+from typing import Any, TypeVar
+
+from ..core.messages import Row, Sampled, SlotChange, Step
+from ..errors import EngineCrashed, EngineLost, ShimmyError, from_code
+from ..types import Failure, ModelFacts
+from .backend import LoadSpec, StepResult
+from .channel import WireError
+
+T = TypeVar("T")
+Read = Callable[[Any], Any]
+
+MAX_REPLY = 16 << 20
+"""A hostile child's JSON takes up to some twenty times its size once it is parsed."""
+MAX_STEP_REPLY = 1 << 20
+MAX_REQUEST = 1 << 30
+"""The server is trusted with whatever the child can hold."""
+
+_ID = 1 << 31  # token ids, slots and positions are the native library's 32-bit integers
+_SIZE = 1 << 53
+_MOST_SLOTS = 1 << 16
+
+
+# Requests
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Answered by `ModelFacts`."""
+
+    spec: LoadSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Changes, then a step if there is one; answered by `StepResult`. `number` is for `Abort`."""
+
+    number: int
+    changes: tuple[SlotChange, ...]
+    step: Step | None = None
+    threads: int = 1
+    limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Answered by `Done`, after which the child ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Of the work with this number and no other. Has no answer of its own."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenize:
+    """Answered by `Tokens`, in order."""
+
+    text: str
+
+
+# Replies; any request may be answered by `Failed` too
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An error. `lost` tells an `EngineLost` from the `EngineCrashed` whose code it shares."""
+
+    code: str
+    message: str
+    lost: bool = False
+
+    @classmethod
+    def of(cls, error: ShimmyError) -> Failed:
+        return cls(error.code, error.message, isinstance(error, EngineLost))
+
+    def error(self) -> ShimmyError:
+        if self.code == EngineCrashed.code:
+            return (EngineLost if self.lost else EngineCrashed)(self.message)
+        return from_code(self.code, self.message)
+
+
+# Messages
+
+
+def encode(message: Any) -> bytes:
+    """The frame of a message."""
+    payload = _to_json(message).encode("ascii")
+    if len(payload) > MAX_REQUEST:
+        raise WireError(f"a message of {len(payload)} bytes is too long to send")
+    return len(payload).to_bytes(4) + payload
+
+
+def work_request(payload: bytes) -> Load | Work | Unload:
+    found: Load | Work | Unload = _decode(payload, Load | Work | Unload)
+    return found
+
+
+def side_request(payload: bytes) -> Abort | Tokenize:
+    found: Abort | Tokenize = _decode(payload, Abort | Tokenize)
+    return found
+
+
+def reply(payload: bytes, kind: type[T]) -> T | Failed:
+    found: T | Failed = _decode(payload, kind | Failed)
+    return found
+
+
+def _decode(payload: bytes, kind: Any) -> Any:
+    try:
+        return _reader(kind)(json.loads(payload.decode("ascii")))
+    except WireError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise WireError("a frame that is not JSON") from error
+
+
+def _plain(value: Any) -> Any:
+    """For what JSON has no form of."""
+    if type(value) is bytes:
+        return value.decode("latin-1")
+    if type(value) is Step:
+        rows = value.rows
+        return [
+            "Step",
+            [row.slot for row in rows],
+            [row.start for row in rows],
+            [row.tokens for row in rows],
+            [row.sample for row in rows],
+        ]
+    if type(value) is StepResult:
+        found = value.sampled
+        return [
+            "StepResult",
+            value.seconds,
+            value.aborted,
+            [one.slot for one in found],
+            [one.token for one in found],
+            [one.piece.decode("latin-1") for one in found],
+            [one.end_of_generation for one in found],
+            [one.failure for one in found],
+        ]
+    if is_dataclass(value):
+        return _named_fields(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} does not cross")
+
+
+def _named_fields(value: Any) -> list[Any]:
+    kind: Any = type(value)
+    return [kind.__name__, *(get(value) for get in _getters(kind))]
+
+
+_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_plain).encode
+
+
+@functools.cache
+def _getters(kind: Any) -> list[Callable[[Any], Any]]:
+    return [attrgetter(field.name) for field in fields(kind)]
+
+
+@functools.cache
+def _reader(kind: Any) -> Read:
+    """What makes a value of this type from parsed JSON, or raises `WireError`."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in {types.UnionType, typing.Union}:
+        return _union(inner)
+    if is_dataclass(kind):
+        return _union((kind,))
+    if kind == tuple[int, ...]:
+        return _ids
+    if origin is tuple:
+        return _many(inner[0]) if inner[-1] is ... else _several(inner)
+    return _mapping(*inner) if origin is Mapping else _plain_reader(kind)
+
+
+def _plain_reader(kind: Any) -> Read:
+    allowed = {float, int} if kind is float else {str} if kind is bytes else {kind}
+
+    def read(value: Any) -> Any:
+        if type(value) not in allowed:
+            raise WireError(f"{type(value).__name__}, where {kind.__name__} belongs")
+        return value.encode("latin-1") if kind is bytes else value
+
+    return read
+
+
+def _record(kind: Any) -> Read:
+    hints = typing.get_type_hints(kind)
+    readers = [_reader(hints[field.name]) for field in fields(kind)]
+
+    def read(values: list[Any]) -> Any:
+        _same_length(values, readers)
+        return kind(*[read(value) for read, value in zip(readers, values, strict=True)])
+
+    return read
+
+
+def _tagged(readers: Mapping[str, Read]) -> Read:
+    def read(value: Any) -> Any:
+        tag = value[0] if type(value) is list and value else None
+        reader = readers.get(tag) if type(tag) is str else None
+        if reader is None:
+            raise WireError(f"no {' or '.join(readers)}")
+        return reader(value[1:])
+
+    return read
+
+
+def _union(kinds: tuple[Any, ...]) -> Read:
+    others = [kind for kind in kinds if kind is not types.NoneType]
+    if all(map(is_dataclass, others)):
+        some = _tagged({kind.__name__: _BY_HAND.get(kind) or _record(kind) for kind in others})
+    else:
+        (only,) = others
+        some = _reader(only)
+    if len(others) == len(kinds):
+        return some
+    return lambda value: None if value is None else some(value)
+
+
+def _many(kind: Any) -> Read:
+    one = _reader(kind)
+    return lambda values: tuple(map(one, _list(values)))
+
+
+def _several(kinds: tuple[Any, ...]) -> Read:
+    readers = [_reader(kind) for kind in kinds]
+
+    def read(values: Any) -> Any:
+        _same_length(_list(values), readers)
+        return tuple(one(value) for one, value in zip(readers, values, strict=True))
+
+    return read
+
+
+def _mapping(key: Any, value: Any) -> Read:
+    one = _reader(value)
+    assert key is str
+
+    def read(values: Any) -> Any:
+        if type(values) is not dict:
+            raise WireError("no object where one belongs")
+        return {name: one(found) for name, found in values.items()}
+
+    return read
+
+
+# Whole columns at once: a step's rows cross for every token.
+
+
+def _list(values: Any, kind: type | None = None) -> list[Any]:
+    if type(values) is not list or (kind and not {kind}.issuperset(map(type, values))):
+        raise WireError("no list where one belongs, or one with something else in it")
+    return values
+
+
+def _ids(values: Any) -> tuple[int, ...]:
+    if _list(values, int) and (min(values) < -_ID or max(values) >= _ID):
+        raise WireError("an id that is out of range")
+    return tuple(values)
+
+
+def _same_length(*lists: Any) -> None:
+    if len(set(map(len, lists))) > 1:
+        raise WireError("too many fields, or too few")
+
+
+def _step(values: list[Any]) -> Step:
+    _same_length(values, "....")
+    slots, starts = _ids(values[0]), _ids(values[1])
+    tokens, samples = _list(values[2], list), _list(values[3], bool)
+    _same_length(slots, starts, tokens, samples)
+    _ids(list(chain.from_iterable(tokens)))
+    return Step(tuple(map(Row, slots, starts, map(tuple, tokens), samples)))
+
+
+def _step_result(values: list[Any]) -> StepResult:
+    _same_length(values, ".......")
+    seconds, aborted = values[:2]
+    if type(seconds) not in {float, int} or type(aborted) is not bool:
+        raise WireError("a step's result without its time")
+    if not (math.isfinite(seconds) and 0 <= seconds < _SIZE):
+        raise WireError("a time that none can be")
+    slots, tokens = _ids(values[2]), _ids(values[3])
+    pieces = [piece.encode("latin-1") for piece in _list(values[4], str)]
+    ends, failures = _list(values[5], bool), _list(values[6])
+    _same_length(slots, tokens, pieces, ends, failures)
+    none = failures.count(None) == len(failures)
+    why = failures if none else map(_reader(Failure | None), failures)
+    return StepResult(tuple(map(Sampled, slots, tokens, pieces, ends, why)), seconds, aborted)
+
+
+def _facts(values: list[Any]) -> ModelFacts:
+    """The scheduler counts with them."""
+    facts: ModelFacts = _record(ModelFacts)(values)
+    sizes = [size for field in fields(facts) if type(size := getattr(facts, field.name)) is int]
+    if min(sizes) < 0 or max(sizes) >= _SIZE:
+        raise WireError("a size that none can be")
+    if facts.vocabulary >= _ID or facts.slots > _MOST_SLOTS:
+        raise WireError("a vocabulary or slots that none can be")
+    return facts
+
+
+_BY_HAND: dict[Any, Read] = {Step: _step, StepResult: _step_result, ModelFacts: _facts}
