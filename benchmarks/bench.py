@@ -1,184 +1,157 @@
-"""How much of the engine's speed reaches a client: ratios from one run, on a model it makes.
+"""Measure, side by side: ours, the raw loop and the peers that are installed.
 
-    python benchmarks/bench.py [--clients 1,4,8,16] [--repeats 5] [--tokens 128] [--json FILE]
+    python benchmarks/bench.py [--only throughput,prefill] [--models 0.6b,3b] [--quick]
 
-Three processes take turns: the raw loop, and a bare socket client of a real Jupyter server, whose
-authenticated handlers stream from the engine inside it. Same model, same sampler chains, same
-threads. Each row's ratio is the median of the ratios of neighbouring measurements.
+Every section writes its result into the JSON file as soon as it has one, so that sections can be run
+one at a time and again. Within a section everything compared is measured in one run, in turns, and
+a ratio is the median of the ratios of neighbouring measurements. A `--quick` run shows that
+everything works; its figures mean nothing, and are marked so.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib
 import json
 import os
 import platform
-import statistics
-import subprocess
+import signal
 import sys
-from collections.abc import Iterator
+import time
+import traceback
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+import psutil
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "scripts"))
+sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
 
-import random_gguf  # noqa: E402
-from host_cost import costs, host_cost  # noqa: E402
-from kernel_session import RunningServer, running_server  # noqa: E402
+import peers  # noqa: E402
+import prompts  # noqa: E402
+from sections import Plan  # noqa: E402
 
-SHAPE = random_gguf.QWEN_06B
-SAMPLING: dict[str, Any] = {
-    "temperature": 0.8,
-    "seed": 1,
-    # A random model ends at a random place; the end tokens are made impossible for both sides.
-    "logit_bias": {str(SHAPE.vocabulary - 3): -100.0, str(SHAPE.vocabulary - 1): -100.0},
-}
-PROMPT = list(range(1000, 1032))
+BY_MODEL = ("throughput", "goodput", "prefill", "warm", "busy", "memory")
+OF_THE_MACHINE = ("bandwidth", "host")
 
 
-class Child:
-    """A process that answers one line of JSON with another."""
-
-    def __init__(self, *command: str, first_line: str | None = None) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        if first_line is not None:
-            self._write(first_line)
-
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        self._write(json.dumps(question))
-        return self.read()
-
-    def read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self._process.args} ended without an answer")
-        return dict(json.loads(line))
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-    def _write(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-
-
-@contextlib.contextmanager
-def sides(model: Path) -> Iterator[tuple[Child, Child, dict[str, Any]]]:
-    """The raw loop and the client of a server, both with the model loaded."""
-    raw = Child(str(HERE / "raw_loop.py"), str(model), json.dumps(SAMPLING))
-    facts = raw.read()
-    same_cache = f"--ShimmyEngine.kv_tokens={facts['kv_tokens']}"
-    environment = {"SHIMMY_MODEL_PATHS": str(model.parent)}
-    with running_server(same_cache, environment=environment) as server:
-        client = _client(server)
-        client.ask({"clients": 1, "body": body(model, 8)})
-        yield raw, client, facts
-        client.close()
-    raw.close()
-
-
-def _client(server: RunningServer) -> Child:
-    url = urlsplit(server.url)
-    path = url.path + "shimmy/v1/completions"
-    # The token goes by standard input: a command line can be read by everybody on the machine.
-    return Child(
-        str(HERE / "socket_client.py"), "127.0.0.1", str(url.port), path, first_line=server.token
-    )
-
-
-def body(model: Path, tokens: int) -> dict[str, Any]:
-    return {
-        "model": model.stem,
-        "prompt": PROMPT,
-        "max_tokens": tokens,
-        "stream": True,
-        **SAMPLING,
-    }
-
-
-def measure(raw: Child, client: Child, model: Path, clients: int, options: Any) -> dict[str, Any]:
-    def http() -> dict[str, Any]:
-        return client.ask({"clients": clients, "body": body(model, options.tokens)})
-
-    def loop() -> dict[str, Any]:
-        return raw.ask({"clients": clients, "prompt": PROMPT, "tokens": options.tokens})
-
-    http(), loop()  # both warm at this number of rows
-    pairs = []
-    for i in range(options.repeats):
-        if i % 2:
-            after = loop()
-            pairs.append((http(), after))
-        else:
-            pairs.append((http(), loop()))
-    rate, first = "tokens_per_second", "first_token_ms"
-    return {
-        "clients": clients,
-        "http": statistics.median(h[rate] for h, _ in pairs),
-        "raw": statistics.median(r[rate] for _, r in pairs),
-        "ratio": statistics.median(h[rate] / r[rate] for h, r in pairs),
-        "ratios": [round(h[rate] / r[rate], 3) for h, r in pairs],
-        "http_first_token_ms": statistics.median(h[first] for h, _ in pairs),
-        "raw_first_token_ms": statistics.median(r[first] for _, r in pairs),
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["clients   HTTP tok/s   raw tok/s   ratio (min…max)        first token HTTP / raw, ms"]
-    for r in rows:
-        spread = f"{min(r['ratios']):.2f}…{max(r['ratios']):.2f}"
-        lines.append(
-            f"{r['clients']:>7}   {r['http']:>10.1f}   {r['raw']:>9.1f}   {r['ratio']:>5.3f} "
-            f"({spread})   {r['http_first_token_ms']:>10.1f} / {r['raw_first_token_ms']:.1f}"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--clients", default="1,4,8,16")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "http.json")
-    options = parser.parse_args()
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    model = folder / "random-0.6b-q8_0.gguf"
-    if not model.exists():
-        print("making a random-weight model of the 0.6B shape, Q8_0 …", flush=True)
-        # Under another name until it is whole, in case somebody loses patience.
-        random_gguf.write(model.with_suffix(".part"), SHAPE, quantized=True).rename(model)
-    rows = []
-    with sides(model) as (raw, client, facts):
-        for clients in map(int, options.clients.split(",")):
-            rows.append(measure(raw, client, model, clients, options))
-            print(
-                table(rows[-1:]) if len(rows) == 1 else table(rows[-1:]).split("\n")[1], flush=True
-            )
-    cost = host_cost()
-    print(costs(cost))
-    result = {
-        "rows": rows,
-        "host_cost_us_per_step": cost,
-        "threads": facts["threads"],
-        "model": facts["model"],
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    every = ",".join(OF_THE_MACHINE + BY_MODEL)
+    parser.add_argument("--only", type=names, default=names(every), help=every)
+    parser.add_argument("--models", type=names, default=["0.6b", "3b"], help="0.6b,3b,check")
+    parser.add_argument(
+        "--sides", type=names, default=list(peers.SIDES), help=",".join(peers.SIDES)
+    )
+    parser.add_argument("--repeats", type=int, help="rounds; else 5, or 3 for the 3B shape")
+    parser.add_argument("--tokens", type=int, help="of an answer; else 96, or 48")
+    parser.add_argument("--seconds", type=float, help="of a run of goodput (30) or busy (20)")
+    parser.add_argument("--clients", type=names, help="of throughput; else 1,4,8,16,32")
+    parser.add_argument("--long", type=int, default=4000, help="tokens of prefill's prompt")
+    parser.add_argument(
+        "--serial-to", type=int, default=8, help="most clients for a peer that serves one at a time"
+    )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "bench.json")
+    parser.add_argument("--folder", type=Path, default=HERE / "results", help="of the models")
+    return parser.parse_args()
+
+
+def plan(options: argparse.Namespace, model: prompts.Model) -> Plan:
+    quick = options.quick
+    clients = options.clients or (["1", "4"] if quick else ["1", "4", "8", "16", "32"])
+    return Plan(
+        model=model,
+        file=model.file(options.folder),
+        quick=quick,
+        repeats=options.repeats or (1 if quick else model.repeats),
+        tokens=options.tokens or (12 if quick else model.tokens),
+        sides=tuple(options.sides),
+        seconds=options.seconds,
+        long_tokens=options.long,
+        clients=tuple(map(int, clients)),
+        serial_to=options.serial_to,
+    )
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cores": peers.cores(),
+        "cpu": _cpu(),
+        "memory_gib": round(psutil.virtual_memory().total / (1 << 30)),
+        "system": platform.system(),
         "python": platform.python_version(),
     }
-    options.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {options.json}")
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2] for line in lines if line.startswith("model name")), "")
+    return " ".join(name.split()) or platform.machine()
+
+
+def record(file: Path, section: str, model: str | None, result: dict[str, Any]) -> None:
+    """Merge it into what is there, under another name until it is whole."""
+    data = json.loads(file.read_text()) if file.exists() else {}
+    data |= {"machine": machine(), "versions": peers.versions()}
+    sections = data.setdefault("sections", {})
+    if model is None:
+        sections[section] = result
+    else:
+        sections.setdefault(section, {})[model] = result
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    part.rename(file)
+
+
+def measure(options: argparse.Namespace, section: str, model: prompts.Model | None) -> bool:
+    """Whether it worked. What fails does not keep the rest from being measured."""
+    print(f"── {section}" + (f", {model.title}" if model else ""), flush=True)
+    began = time.monotonic()
+    try:
+        if model is not None:
+            result = importlib.import_module(f"sections.{section}").run(plan(options, model))
+            result["title"], result["weight_bytes"] = model.title, model.weight_bytes
+        elif section == "host":
+            from host_cost import costs, host_cost
+
+            result = {"us_per_step": host_cost()}
+            print(costs(result["us_per_step"]))
+        else:
+            result = importlib.import_module(f"sections.{section}").run(quick=options.quick)
+    except Exception:  # noqa: BLE001  the other sections are worth measuring all the same
+        traceback.print_exc()
+        return False
+    result["quick"], result["took_seconds"] = options.quick, round(time.monotonic() - began)
+    record(options.json, section, model.name if model else None, result)
+    print(f"   {result['took_seconds']} s", flush=True)
+    return True
+
+
+def main() -> None:
+    options = arguments()
+    known = prompts.models()
+    unknown = [s for s in options.only if s not in OF_THE_MACHINE + BY_MODEL]
+    unknown += [m for m in options.models if m not in known]
+    unknown += [s for s in options.sides if s not in peers.SIDES]
+    if unknown:
+        sys.exit(f"no such section, model or side: {', '.join(unknown)}")
+    # A native library's abort attaches no debugger, and who stops us stops the servers, too.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    worked = [measure(options, s, None) for s in options.only if s in OF_THE_MACHINE]
+    for name in options.models:
+        worked += [measure(options, s, known[name]) for s in options.only if s in BY_MODEL]
+    print(f"in {options.json}")
+    sys.exit(not all(worked))
 
 
 if __name__ == "__main__":

@@ -1,74 +1,138 @@
-"""Write docs/performance.md from the JSON of the last `make bench`."""
+"""Write docs/performance.md and its plots from the JSON of the last measurements.
+
+    python benchmarks/report.py [--json FILE] [--startup FILE] [--page FILE]
+
+What was not measured is said to be so.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import pages
+
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
+SECTIONS = {
+    "throughput": "What reaches clients",
+    "goodput": "Goodput",
+    "prefill": "A long prompt beside running streams",
+    "warm": "A warm prefix",
+    "busy": "A busy machine",
+    "memory": "Memory",
+}
+INTRODUCTION = """\
+Made by `make bench`; do not edit. Ratios carry over to other machines, the figures beside them do
+not. Everything in a table was measured side by side in one run, in turns, and a ratio is the median
+of those of neighbouring measurements (in brackets: the least and the most).
+
+The client is a bare socket client in a process of its own. All sides have the same model, prompts of
+the same tokens, answers of the same length, samplers, room for context and number of slots; no two
+prompts have a beginning in common except where that is the question. *shimmy* is a Jupyter server with
+its authenticated handlers, and chooses its threads itself. *raw loop* is `llama_decode` and the same
+sampler chains, nothing else. *llama-cpp-python* is its high-level API without HTTP, *llama_cpp.server*
+its server, told not to interrupt requests; both serve one request at a time. *xllamacpp* is
+llama-server's scheduler in a Python process. Unless said otherwise they have a thread for each core.
+
+The models have random weights in the shape of real ones, so they run at the speed of these; they never
+end an answer by themselves, and a client can count their tokens."""
 
 
 def main() -> None:
-    http = json.loads((HERE / "results" / "http.json").read_text())
-    startup = json.loads((HERE / "results" / "startup.json").read_text())
-    PAGE.write_text(page(http, startup))
-    print(f"written to {PAGE}")
+    parser = argparse.ArgumentParser(description="docs/performance.md from the last measurements")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "bench.json")
+    parser.add_argument("--startup", type=Path, default=HERE / "results" / "startup.json")
+    default = HERE.parent / "docs" / "performance.md"
+    parser.add_argument("--page", type=Path, default=default)
+    options = parser.parse_args()
+    found = _read(options.json)
+    options.page.write_text(page(found, _read(options.startup), options.page.parent / "plots"))
+    print(f"written to {options.page}")
 
 
-def page(http: dict[str, Any], startup: dict[str, Any]) -> str:
-    rows = "\n".join(
-        f"| {r['clients']} | {r['http']:.1f} | {r['raw']:.1f} | {r['ratio']:.3f} "
-        f"| {min(r['ratios']):.2f} … {max(r['ratios']):.2f} "
-        f"| {r['http_first_token_ms']:.0f} / {r['raw_first_token_ms']:.0f} |"
-        for r in sorted(http["rows"], key=lambda r: r["clients"])
+def _read(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def page(found: dict[str, Any], startup: dict[str, Any], plots: Path) -> str:
+    sections = found.get("sections", {})
+    bandwidth = sections.get("bandwidth", {}).get("gb_per_second")
+    parts = ["# Performance", INTRODUCTION, _machine(found, bandwidth)]
+    for name, title in SECTIONS.items():
+        parts.append(f"## {title}")
+        by_model = sections.get(name)
+        if not by_model:
+            parts.append("Not measured.")
+            continue
+        for model, result in by_model.items():
+            parts += _section(name, model, result, bandwidth, plots)
+    parts += ["## What a step costs besides the model", _host(sections.get("host"))]
+    parts += ["## What the extension adds to a Jupyter server's start", _startup(startup)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(
+    name: str, model: str, result: dict[str, Any], bandwidth: float | None, plots: Path
+) -> list[str]:
+    parts = [f"### Random weights in {result['title']}"]
+    if result["quick"]:
+        parts.append("**A quick run: these figures mean nothing.**")
+    if name != "memory":
+        parts.append(pages.limit_line(result, bandwidth))
+    parts.append(getattr(pages, name)(result, bandwidth) + pages.skipped(result))
+    if importlib.util.find_spec("matplotlib") is None:
+        return parts
+    import plots as drawing
+
+    if name in drawing.DRAWN:
+        file = plots / f"{name}-{model}.svg"
+        drawing.DRAWN[name](result, pages.steps(result, bandwidth), file)
+        parts.append(f"![{SECTIONS[name]}: {result['title']}](plots/{file.name})")
+    return parts
+
+
+def _machine(found: dict[str, Any], bandwidth: float | None) -> str:
+    machine = found.get("machine")
+    if machine is None:
+        return "Nothing has been measured yet."
+    versions = ", ".join(
+        f"{name} {version or '(not installed)'}" for name, version in found["versions"].items()
     )
-    cost = "\n".join(
-        f"| {name} | " + " | ".join(f"{us:.0f}" for us in by_rows.values()) + " |"
-        for name, by_rows in http["host_cost_us_per_step"].items()
+    reads = f"{bandwidth:.1f} GB/s read by all cores" if bandwidth else "its speed was not measured"
+    return (
+        f"Machine: {machine['cores']} cores ({machine['cpu']}), {machine['memory_gib']} GiB of memory "
+        f"({reads}), {machine['system']}, Python {machine['python']}.\nVersions: {versions}.\n\n"
+        "The physical limit beside the figures is memory's: a step reads all weights once, however "
+        "many sequences are in it. From some number of sequences on, arithmetic is the narrower "
+        "limit, and the raw loop shows where."
     )
-    return f"""# Performance
 
-Made by `make bench` from one run; do not edit. Ratios carry over to other machines, the figures
-beside them do not: this one is shared and noisy.
 
-Machine: {http["cores"]} cores ({http["machine"]}), {http["threads"]} threads, Python {http["python"]}.
-Model: random weights in the shape of Qwen3-0.6B, Q8_0, made by the benchmark.
+def _host(host: dict[str, Any] | None) -> str:
+    if host is None:
+        return "Not measured."
+    by_mode = host["us_per_step"]
+    counts = list(next(iter(by_mode.values())))
+    rows = [[mode, *(f"{by_rows[n]:.0f}" for n in counts)] for mode, by_rows in by_mode.items()]
+    return (
+        "Microseconds a step, with a backend that decodes in no time, through streams, server-sent "
+        "events, tornado's HTTP server and a socket. In lockstep nothing overlaps and nothing is sent "
+        "together; flat out, what has gathered goes in one write, as it does when the engine is faster "
+        "than the reader. The limit is none: all of this is ours.\n\n"
+        + pages.table(["sequences", *counts], rows)
+    )
 
-## What reaches a client
 
-Tokens per second in all, while every stream is running: read by a bare socket client in a process of
-its own from a real Jupyter server's authenticated handlers, against the raw loop (`llama_decode` and
-the same sampler chains, nothing else) on as many threads. The two take turns; the ratio is the
-median of those of neighbouring measurements.
-
-| clients | HTTP | raw loop | ratio | its spread | first token, HTTP / raw loop, ms |
-|---|---|---|---|---|---|
-{rows}
-
-The physical limit of one stream is memory: each token reads all weights once. Between it and the HTTP
-column lie the engine (raw loop) and our own work for each step (below), most of which overlaps
-with the next step's decoding on another thread, which it slows down as cores are scarce. First tokens
-of many clients at once come later than in the raw loop because the prompts are decoded in the order
-in which they come, one beside each step of the sequences that decode already, whose tokens go on
-meanwhile; sizing these slices by time is the next piece of work.
-
-## What a step costs besides the model
-
-Microseconds a step, with a backend that decodes in no time, through streams, server-sent events,
-tornado's HTTP server and a socket. In lockstep nothing overlaps and nothing is sent together; flat out,
-what has gathered goes in one write, as it does when the engine is faster than the reader.
-
-| | 1 sequence | 16 | 64 |
-|---|---|---|---|
-{cost}
-
-## What the extension adds to a Jupyter server's start
-
-{startup["added_seconds"]:+.3f} s and {startup["added_mib"]:+.1f} MiB (medians of {startup["starts"]}
-starts each, in turn). The engine is loaded when somebody first asks.
-"""
+def _startup(startup: dict[str, Any]) -> str:
+    if not startup:
+        return "Not measured."
+    return (
+        f"{startup['added_seconds']:+.3f} s and {startup['added_mib']:+.1f} MiB (medians of "
+        f"{startup['starts']} starts each, in turn). The engine is loaded when somebody first asks."
+    )
 
 
 if __name__ == "__main__":

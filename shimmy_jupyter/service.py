@@ -13,7 +13,7 @@ from typing import Any, Self
 from .core.messages import Progress
 from .engine.model import LoadedModel
 from .engine.stream import TokenStream
-from .errors import Cancelled, ContextLengthExceeded, InvalidValue
+from .errors import Cancelled, ContextLengthExceeded, EngineLost, InvalidValue
 from .models.lifecycle import ModelPool, ModelStatus
 from .types import CompletionRequest, Ended, FinishReason, Message, ModelFacts, Timings, Usage
 
@@ -70,7 +70,7 @@ def _engine_health(loaded: list[LoadedModel]) -> Dependency:
 def _models_health(statuses: list[ModelStatus]) -> Dependency:
     if not statuses:
         return Dependency("models", "down", "no models", "set ShimmyModels.roots")
-    failed = [f"{s.file.id}: {s.error}" for s in statuses if s.state == "failed"]
+    failed = [f"{s.file.id}: {s.error}" for s in statuses if s.error]
     if failed:
         return Dependency("models", "degraded", "; ".join(failed), "replace the file, or remove it")
     return Dependency("models", "ok", f"{len(statuses)} available")
@@ -166,9 +166,11 @@ class CompletionService:
 
     async def start(self, request: CompletionRequest) -> Completion:
         """Resolve the model, count the prompt exactly, refuse what cannot fit, queue the rest."""
-        model = await self.pool.get(request.model)
-        model.check_bias(request.sampling.logit_bias)
-        prompt = await model.encode(request.prompt)
+        try:
+            model, prompt = await self._encoded(request)
+        except EngineLost:
+            # Its process ended while nobody was using it: nothing of this request is lost.
+            model, prompt = await self._encoded(request)
         max_tokens = self._room(request, len(prompt), model.facts)
         if max_tokens == 0:
             return Completion(request, len(prompt), None)
@@ -186,6 +188,11 @@ class CompletionService:
             max_seconds=min(limits, default=None),
         )
         return Completion(request, len(prompt), stream)
+
+    async def _encoded(self, request: CompletionRequest) -> tuple[LoadedModel, tuple[int, ...]]:
+        model = await self.pool.get(request.model)
+        model.check_bias(request.sampling.logit_bias)
+        return model, await model.encode(request.prompt)
 
     def _room(self, request: CompletionRequest, prompt_tokens: int, facts: ModelFacts) -> int:
         """How many tokens to generate. Raises `ContextLengthExceeded` if they cannot all fit."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from ..errors import (
     ContextLengthExceeded,
+    EngineLost,
     InvalidValue,
     ModelLoadFailed,
     QueueFull,
@@ -103,6 +104,9 @@ class LoadedModel:
                 text = prompt if isinstance(prompt, str) else await self._render(prompt)
                 size = self._check_length(text, "prompt" if text is prompt else "messages")
                 return await in_deep_thread(lambda: self.engine.backend.tokenize(text), size)
+        except EngineLost as error:
+            self.engine.lose(Failure(error.code, error.message))
+            raise
         finally:
             self._waiting -= 1
 

@@ -129,6 +129,12 @@ class Engine:
             stream.expires = stream.loop.call_later(max_seconds, self.expire, stream.id)
         return stream
 
+    def lose(self, failure: Failure) -> None:
+        """The backend was found to be lost by somebody else than its own thread."""
+        with self._gate:
+            self.failure = self.failure or failure
+        self._inbox.put(m.Halted(failure))
+
     def cancel(self, id: int) -> None:
         self._inbox.put(m.CancelRequested(id))
         self._abandon(id)

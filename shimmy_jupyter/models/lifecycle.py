@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from ..errors import ModelLoadFailed, ModelNotFound, ShimmyError, ShuttingDown
+from ..errors import EngineCrashed, ModelLoadFailed, ModelNotFound, ShimmyError, ShuttingDown
 from ..types import Failure
 from .catalog import ModelFile
+from .quarantine import Quarantine
 
 log = logging.getLogger("shimmy_jupyter.models")
 
@@ -29,7 +31,7 @@ class Resident(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """`state`: available, loading, loaded or failed (then `error` says why)."""
+    """`state`: available, loading, loaded, failed or quarantined (then `error` says why)."""
 
     file: ModelFile
     state: str
@@ -47,6 +49,7 @@ class ModelPool(Generic[M]):
         self,
         catalog: Callable[[], Sequence[ModelFile]],
         loader: Callable[[ModelFile], Awaitable[M]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._catalog = catalog
         self._loader = loader
@@ -54,6 +57,7 @@ class ModelPool(Generic[M]):
         # By path and not by id: a file that takes over a name is another model.
         self._loads: dict[Path, asyncio.Task[M]] = {}
         self._errors: dict[Path, str] = {}
+        self._quarantine = Quarantine(clock)
         self._closed = False
 
     async def files(self) -> dict[str, ModelFile]:
@@ -77,7 +81,7 @@ class ModelPool(Generic[M]):
         """The loaded model. Raises `ModelNotFound` or `ModelLoadFailed`.
 
         A caller that gives up does not stop the load that others may be waiting for. A model
-        whose engine has failed is loaded again.
+        whose engine has failed is loaded again, unless it keeps doing so.
         """
         file = await self.find(id)
         if self._closed:
@@ -85,6 +89,8 @@ class ModelPool(Generic[M]):
         await self._drop_failed(file.path)
         task = self._loads.get(file.path)
         if task is None:
+            if reason := self._quarantine.reason(file.path):
+                raise ModelLoadFailed(f"{file.id} is quarantined: {reason}")
             task = self._loads[file.path] = asyncio.create_task(self._load(file))
         return await asyncio.shield(task)
 
@@ -94,6 +100,8 @@ class ModelPool(Generic[M]):
         try:
             return await self._loader(file)
         except ShimmyError as error:
+            if isinstance(error, EngineCrashed):
+                self._quarantine.record(file.path, error.message)
             self._errors[file.path] = error.message
             del self._loads[file.path]
             raise ModelLoadFailed(f"{file.id}: {error.message}") from error
@@ -106,6 +114,8 @@ class ModelPool(Generic[M]):
         if model is not None and model.failure is not None:
             log.warning("loading a model again whose engine had ended: %s", model.failure.message)
             del self._loads[path]
+            if model.failure.code == EngineCrashed.code:
+                self._quarantine.record(path, model.failure.message)
             await model.close()
 
     def _resident(self, path: Path) -> M | None:
@@ -129,6 +139,8 @@ class ModelPool(Generic[M]):
             return ModelStatus(file, "failed", failure.message)
         if file.path in self._loads:
             return ModelStatus(file, "loading")
+        if reason := self._quarantine.reason(file.path):
+            return ModelStatus(file, "quarantined", reason)
         error = self._errors.get(file.path)
         return ModelStatus(file, "failed" if error else "available", error)
 

@@ -1,4 +1,6 @@
-"""A real Jupyter server with the extension enabled, its engine played by the scripted backend."""
+"""A real Jupyter server with the extension enabled, its engine played by the scripted backend: in
+the server, and behind sockets as with `isolation = "process"`.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,16 @@ from typing import Any
 import pytest
 from jupyter_server.auth import Authorizer
 
-from shimmy_jupyter.engine.backend import LoadSpec
+from shimmy_jupyter.engine import isolated
+from shimmy_jupyter.engine.backend import Backend, LoadSpec
 from shimmy_jupyter.engine.fake import FakeBackend
+from shimmy_jupyter.engine.isolated import IsolatedBackend
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.models.catalog import ModelFile
 from shimmy_jupyter.models.lifecycle import ModelPool
 from shimmy_jupyter.service import CompletionService
+
+from .threads import ThreadProcess
 
 MODEL = "fake"
 
@@ -29,19 +35,26 @@ class Fakes:
     spec: LoadSpec = field(default_factory=lambda: LoadSpec(path="", sequences=16))
     queue_size: int = 64
     stream_capacity: int = 256
+    isolated: bool = False
     made: list[FakeBackend] = field(default_factory=list)
     models: list[LoadedModel] = field(default_factory=list)
 
     async def load(self, _file: ModelFile) -> LoadedModel:
-        def backend() -> FakeBackend:
-            self.made.append(self.make())
-            return self.made[-1]
+        def backend() -> Backend:
+            return IsolatedBackend() if self.isolated else self._made()
 
         model = await LoadedModel.load(
             backend, self.spec, queue_size=self.queue_size, stream_capacity=self.stream_capacity
         )
         self.models.append(model)
         return model
+
+    def start(self, _factory: str, descriptors: list[int]) -> ThreadProcess:
+        return ThreadProcess(self._made, descriptors)
+
+    def _made(self) -> FakeBackend:
+        self.made.append(self.make())
+        return self.made[-1]
 
     def check(self) -> None:
         """Nothing is left of any request, and the scheduler agrees with itself."""
@@ -52,9 +65,11 @@ class Fakes:
             assert model.active == 0
 
 
-@pytest.fixture
-def fakes() -> Fakes:
-    return Fakes()
+@pytest.fixture(params=["in process", "behind sockets"])
+def fakes(request: Any, monkeypatch: Any) -> Fakes:
+    fakes = Fakes(isolated=request.param == "behind sockets")
+    monkeypatch.setattr(isolated, "_start", fakes.start)
+    return fakes
 
 
 @pytest.fixture

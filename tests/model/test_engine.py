@@ -17,14 +17,15 @@ from random import Random
 import pytest
 import random_gguf
 
-from shimmy_jupyter.compose import llama_backend
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import InvalidValue, ModelLoadFailed, ShuttingDown
 from shimmy_jupyter.types import FinishReason, Message, Sampling
 
+from . import conftest
 from .conftest import GREEDY, ask, loaded, self_test_path
 
+pytestmark = pytest.mark.usefixtures("isolation")
 RANDOM = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7)
 
 
@@ -199,7 +200,7 @@ class TestPrompts:
 class TestLoading:
     async def refused(self, path: Path, **spec: int) -> str:
         with pytest.raises(ModelLoadFailed) as caught:
-            await LoadedModel.load(llama_backend, LoadSpec(path=str(path), **spec))
+            await LoadedModel.load(conftest.making, LoadSpec(path=str(path), **spec))
         assert str(path.parent) not in caught.value.message
         return caught.value.message
 
@@ -237,7 +238,7 @@ class TestLoading:
 
 
 async def test_stopping_with_work_in_flight(random_model: Path) -> None:
-    model = await LoadedModel.load(llama_backend, LoadSpec(path=str(random_model), sequences=2))
+    model = await LoadedModel.load(conftest.making, LoadSpec(path=str(random_model), sequences=2))
     tokens = await model.encode("x")
     streams = [model.submit("local", tokens, 1500, RANDOM, ()) for _ in range(6)]
     assert await streams[0].read()
