@@ -8,6 +8,7 @@ slot and its whole KV reservation are free, and nobody overtakes it.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 
 from . import messages as m
 from .fairness import Counters
@@ -84,7 +85,7 @@ class Line:
         """Move the first one into a slot, with what the backend has to do for it."""
         self._take(self._queues, sequence, now)
         out += self.room.place(sequence)
-        self.counters.charge(sequence.principal, prompt=sequence.prompt_left)
+        self._charge_prompt(sequence, sequence.prompt_left)
         out.append(_opening(sequence))
 
     def admit_private(self, now: float, out: list[m.Instruction]) -> Sequence | None:
@@ -96,18 +97,25 @@ class Line:
             self._take(self._private_queues, sequence, now)
             sequence.slot = self.capacity.private_slot
             self.private = sequence
-            self.charge(sequence, prompt=len(sequence.prompt))
+            self._charge_prompt(sequence, len(sequence.prompt))
             out.append(_opening(sequence, sequence.reserved))
         return self.private
 
-    def charge(self, sequence: Sequence, prompt: int = 0, completion: int = 0) -> None:
-        self.counters.charge(sequence.principal, prompt, completion)
+    def charge(self, completions: Mapping[str, int], *, private: bool) -> None:
+        """Count what a step has generated, by principal."""
+        for principal, count in completions.items():
+            self.counters.charge(principal, completion=count)
+            if private:
+                self._private_counters.charge(principal, completion=count)
+
+    def _charge_prompt(self, sequence: Sequence, tokens: int) -> None:
+        self.counters.charge(sequence.principal, tokens)
         if sequence.reproducible:
-            self._private_counters.charge(sequence.principal, prompt, completion)
+            self._private_counters.charge(sequence.principal, tokens)
 
     def release(self, sequence: Sequence, *, keep: bool) -> m.CloseSlot:
         """Take back what a running sequence has. Of its prompt, what was not done is not charged."""
-        self.charge(sequence, prompt=-sequence.prompt_left)
+        self._charge_prompt(sequence, -sequence.prompt_left)
         if sequence is self.private:
             self.private = None
             return m.CloseSlot(sequence.slot)

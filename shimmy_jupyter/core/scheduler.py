@@ -156,19 +156,27 @@ class Scheduler:
     def _stepped(self, event: m.Stepped, now: float) -> list[m.Instruction]:
         rows, by_slot = self._take_step(), self._by_slot()
         sampled = {s.slot: s for s in event.sampled}
-        if rows and rows[0].slot != self.capacity.private_slot and event.seconds:
-            decoding = sum(by_slot[row.slot].prompt_left == 0 for row in rows)
-            prompt = sum(len(r.tokens) for r in rows if by_slot[r.slot].prompt_left)
-            self.pace.observe(decoding, prompt, event.seconds, event.threads)
         instructions: list[m.Instruction] = []
+        completions: dict[str, int] = {}
+        prompt = decoding = 0
         for row in rows:
             sequence = by_slot[row.slot]
+            if sequence.answer:
+                decoding += 1
+            else:
+                prompt += len(row.tokens)
             sequence.in_step = False
             sequence.cached = row.start + len(row.tokens)
             if sequence.state is State.CANCELLING:
                 instructions += self._end_unwanted(sequence, now)
             elif row.sample:
-                instructions += self._token(sequence, sampled[row.slot], now)
+                who = sequence.principal
+                completions[who] = completions.get(who, 0) + 1
+                self._token(sequence, sampled[row.slot], now, instructions)
+        private = bool(rows) and rows[0].slot == self.capacity.private_slot
+        self.line.charge(completions, private=private)
+        if event.seconds and not private:
+            self.pace.observe(decoding, prompt, event.seconds, event.threads)
         return instructions
 
     def _step_aborted(self, event: m.StepAborted, now: float) -> list[m.Instruction]:
@@ -221,26 +229,28 @@ class Scheduler:
 
     # Outcomes
 
-    def _token(self, sequence: Sequence, sampled: m.Sampled, now: float) -> list[m.Instruction]:
+    def _token(
+        self, sequence: Sequence, sampled: m.Sampled, now: float, out: list[m.Instruction]
+    ) -> None:
         if sampled.failure is not None:
-            return self._end(sequence, FinishReason.ERROR, now, sampled.failure, keep=False)
+            out += self._end(sequence, FinishReason.ERROR, now, sampled.failure, keep=False)
+            return
         sequence.answer.append(sampled.token)
-        self.line.charge(sequence, completion=1)
         sequence.last_token_at = now
         if sequence.first_token_at is None:
             sequence.first_token_at = now
-        instructions: list[m.Instruction] = []
         if sampled.end_of_generation:
-            return self._end(sequence, FinishReason.STOP, now)
+            out += self._end(sequence, FinishReason.STOP, now)
+            return
         text = sequence.text.push(sampled.piece)
         if text:
-            instructions.append(m.Emit(sequence.id, text))
+            out.append(m.Emit(sequence.id, text))
         if sequence.text.stopped:
-            return instructions + self._end(sequence, FinishReason.STOP, now)
-        if sequence.generated == sequence.max_tokens:
-            return instructions + self._end(sequence, FinishReason.LENGTH, now)
-        sequence.state = State.PAUSED if sequence.reader_full else State.DECODE
-        return instructions
+            out += self._end(sequence, FinishReason.STOP, now)
+        elif len(sequence.answer) == sequence.max_tokens:
+            out += self._end(sequence, FinishReason.LENGTH, now)
+        else:
+            sequence.state = State.PAUSED if sequence.reader_full else State.DECODE
 
     def _end_unwanted(self, sequence: Sequence, now: float) -> list[m.Instruction]:
         failed = sequence.failure is not None

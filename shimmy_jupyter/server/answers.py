@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # importing it would load pydantic at the server's start
 
 PATIENCE = 1.0
 """Seconds without text until a stream's headers go out, with what it is waiting for."""
+# `json.dumps` makes an encoder each time that it is not asked for its defaults.
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 DONE = b"data: [DONE]\n\n"
 
 
@@ -170,10 +172,7 @@ class EventWriter:
         return event(self._head | {"choices": [self._shape.delta(role, None)]})
 
     def _texts(self, texts: list[str]) -> bytes:
-        return b"".join(
-            self._before + json.dumps(text, ensure_ascii=False).encode() + self._after
-            for text in texts
-        )
+        return b"".join(self._before + _quoted(text).encode() + self._after for text in texts)
 
     def _closing(self, ended: Ended) -> bytes:
         extra = {"shimmy": figures(self._parsed.request.request_id, ended)}

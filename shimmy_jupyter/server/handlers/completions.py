@@ -78,12 +78,17 @@ class _GeneratingHandler(ShimmyHandler):
                 self.log.debug("request %s: the client disconnected", self.request_id)
 
     async def _stream(self, writer: answers.EventWriter, completion: Completion) -> None:
-        # Headers go with the first event, so a request that fails before it keeps its status.
+        connection = self.request.connection
+        assert connection is not None
+        # Headers go with the first event, so a request that fails soon keeps its status.
         async for data in writer.events(completion):
-            if not self._headers_written:
-                self.set_header("Content-Type", "text/event-stream")
-                self.set_header("Cache-Control", "no-cache")
-                self.set_header("X-Accel-Buffering", "no")
+            if self._headers_written:
+                # There is nothing left to transform: past the handler's own buffer.
+                await connection.write(data)
+                continue
+            self.set_header("Content-Type", "text/event-stream")
+            self.set_header("Cache-Control", "no-cache")
+            self.set_header("X-Accel-Buffering", "no")
             self.write(data)
             await self.flush()
         await self.finish(set_content_type="text/event-stream")
