@@ -202,13 +202,19 @@ class Governor:
         if up > self._level and now >= self._up_at[up]:
             self._trial = _Trial(up, times.until + FRESH)
         elif self._level and (
-            now >= self._down_at or (now >= self._slow_at and self._slow(times, size))
+            (now >= self._down_at and self._cheap(times, size))
+            or (now >= self._slow_at and self._slow(times, size))
         ):
             self._trial = _Trial(self._level - 1, times.until + FRESH)
         else:
             return None
         self.trials += 1
         return self._trial
+
+    def _cheap(self, times: _Times, size: int) -> bool:
+        """Whether nobody would notice a trial downward: a long step makes everybody's tokens late."""
+        known = bool(self._times[self._level - 1])
+        return not known or times.recent * ((1 << size) + OVERHEAD) < LONG
 
     def _slow(self, times: _Times, size: int) -> bool:
         below = self._times[self._level - 1].get(size)

@@ -8,6 +8,8 @@ much as keeps a step within its time, but at least a third of it.
 from __future__ import annotations
 
 _SMOOTHING = 0.3
+_KEEP = 0.8
+"""Of what older slices weigh, at each new one: contexts grow, and with them the time of a token."""
 _FEW = 8
 """Beyond so many rows more have always been faster, and nothing else is tried."""
 _REFRESH = 64
@@ -19,8 +21,30 @@ _PROMPT_SHARE = 0.5
 """Of the time of the rows beside it: what a prompt gets at least."""
 
 
+class _Line:
+    """Seconds of a slice by its tokens: a straight line through what was measured lately."""
+
+    def __init__(self, guess: float) -> None:
+        self.slope, self.base = guess, 0.0
+        self._sums = [0.0] * 5  # of weights, x, y, x·x, x·y
+
+    def add(self, tokens: int, seconds: float) -> None:
+        fresh = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
+        self._sums = [_KEEP * old + new for old, new in zip(self._sums, fresh, strict=True)]
+        n, x, y, xx, xy = self._sums
+        spread = n * xx - x * x
+        slope = (n * xy - x * y) / spread if spread > 0.01 * n * xx else y / x
+        # At least half of what a slice takes is for its tokens: what says otherwise is noise, and
+        # slices of one size say nothing of the rest.
+        self.slope = min(max(slope, 0.5 * y / x), y / x)
+        self.base = (y - self.slope * x) / n
+
+    def tokens(self, seconds: float) -> int:
+        return int(max(0.0, seconds - self.base) / self.slope)
+
+
 class Pace:
-    """Measured seconds: of decode steps by their rows, and of one more prompt token.
+    """Measured seconds: of decode steps by their rows, and of slices of prompts by their tokens.
 
     Thread counts have figures of their own, as they differ by more than what is decided here.
     `guess` is the seconds of a prompt token before anything has been measured.
@@ -32,11 +56,11 @@ class Pace:
         self._batch_tokens = batch_tokens
         self._step_seconds = step_seconds
         self._prompt_seconds = prompt_seconds
-        self._token = guess
+        self._guess = guess
+        self._slices: dict[int, _Line] = {}
         self._decode: dict[int, dict[int, tuple[float, int]]] = {}
         self._threads = 1
         self._steps = 0
-        self._prompts = 0
 
     def observe(self, rows: int, prompt: int, seconds: float, threads: int) -> None:
         """A step of `rows` decoding sequences and `prompt` tokens of prompts."""
@@ -45,14 +69,13 @@ class Pace:
             self._steps += 1
             times = self._decode.setdefault(threads, {})
             known = times.get(rows)
-            mean = seconds if known is None else _smooth(known[0], seconds)
+            mean = seconds if known is None else known[0] + _SMOOTHING * (seconds - known[0])
             times[rows] = (mean, self._steps)
             return
         beside = self._time(rows) or 0.0
         # Never free: a step that was quicker than its rows alone tells of noise.
-        cost = max(seconds - beside, 0.2 * seconds) / prompt
-        self._prompts += 1
-        self._token += max(_SMOOTHING, 1 / self._prompts) * (cost - self._token)
+        line = self._slices.setdefault(threads, _Line(self._guess))
+        line.add(prompt, max(seconds - beside, 0.2 * seconds))
 
     def rows(self, ready: int) -> int:
         """How many of the sequences that are ready to decode together now."""
@@ -77,13 +100,9 @@ class Pace:
         else:
             beside = self._time(rows) or 0.0
             room = max(self._step_seconds - beside, _PROMPT_SHARE * beside)
-        tokens = int(min(room / self._token, self._batch_tokens))
+        line = self._slices.get(self._threads)
+        tokens = line.tokens(room) if line is not None else int(room / self._guess)
         return min(max(tokens, _LEAST), self._batch_tokens - rows)
-
-    @property
-    def token_seconds(self) -> float:
-        """What one more prompt token costs."""
-        return self._token
 
     def _time(self, rows: int) -> float | None:
         """Of a step with so many rows, from the nearest number that has been measured."""
@@ -91,7 +110,3 @@ class Pace:
         if not rows or not times:
             return None
         return times[min(times, key=lambda known: abs(known - rows))][0]
-
-
-def _smooth(mean: float, value: float) -> float:
-    return mean + _SMOOTHING * (value - mean)

@@ -167,7 +167,7 @@ def test_a_prompt_gets_a_third_of_the_time_beside_many() -> None:
         d.plan()
         d.decode(0.4)
     d.handle(submitted(9, prompt=900, who="q"))
-    for _ in range(10):
+    for _ in range(25):
         size = len(d.plan()[9].tokens)
         d.decode(0.4 + 0.01 * size)
     assert 0.15 <= 0.01 * size <= 0.25

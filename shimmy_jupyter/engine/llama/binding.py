@@ -45,13 +45,17 @@ quick = _Native()
 # One step quieter than llama.cpp: what stops us is raised, and says more than its log line.
 _LEVELS = {2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}
 _ERROR = 4
+_ABORTED = ("graph_compute: ", "process_ubatch: ", "llama_decode: failed to decode, ret = 2")
+"""What llama.cpp says at level error when a step is aborted, which is no error here."""
 _said = threading.local()
 
 
 @native.llama_log_callback
 def _log(level: int, text: bytes, _user_data: object) -> None:
     line = text.decode("utf-8", "replace").rstrip()
-    if level in _LEVELS and line:
+    if line.startswith(_ABORTED):
+        log.debug("%s", line)
+    elif level in _LEVELS and line:
         log.log(_LEVELS[level], "%s", line)
         if level == _ERROR:
             _said.first_error = getattr(_said, "first_error", None) or line
