@@ -34,7 +34,7 @@ class Capacity:
     queue: int
     sequences: int = 32
     patience: float = 60.0
-    step_seconds: float = 0.155
+    step_seconds: float = 0.165
     prompt_seconds: float = 0.5
     can_copy: bool = True
     can_trim: bool = True
