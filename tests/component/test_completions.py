@@ -23,6 +23,7 @@ from shimmy_jupyter.core.messages import OpenSlot
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.fake import FakeBackend
 from shimmy_jupyter.errors import EngineLost
+from shimmy_jupyter.notebook.client import events
 
 from .conftest import MODEL, Fakes, chat
 
@@ -512,3 +513,110 @@ async def _until(condition: Any) -> None:
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0)
+
+
+class TestWaiting:
+    """What a stream says while there is no text."""
+
+    @pytest.fixture(autouse=True)
+    def impatient(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr("shimmy_jupyter.server.answers.PATIENCE", 0.01)
+
+    async def _comments(self, stream: IOStream, state: bytes) -> dict[str, Any]:
+        """The first comment that says so."""
+        await stream.read_until(b': {"state":"' + state)
+        rest = await stream.read_until(b"\n\n")
+        return dict(json.loads(b'{"state":"' + state + rest))
+
+    async def test_position_and_reason(
+        self, server: Any, jp_fetch: Any, fakes: Fakes, jp_http_port: int, jp_base_url: str
+    ) -> None:
+        gate = threading.Semaphore(0)
+        fakes.make = lambda: FakeBackend(gate=gate)
+        fakes.spec = LoadSpec(path="", sequences=1)
+        body = chat(stream=True).encode()
+        streams = [await _post(server, jp_http_port, jp_base_url, body) for _ in range(3)]
+        await _until(lambda: bool(fakes.models) and fakes.models[0].active == 3)
+        gate.release()
+        seen = [await self._comments(streams[-1], b"queued")]
+        while seen[-1]["position"] != 1:
+            seen.append(await self._comments(streams[-1], b"queued"))
+        assert "as many as one may have" in seen[-1]["reason"]
+        assert seen[-1]["prompt_tokens"] == len("<user>one two three\n<assistant>")
+        gate.release(100)
+        for stream in streams:
+            text = await stream.read_until(b"[DONE]")
+            assert b"one " in text
+
+    async def test_an_error_after_that_is_in_the_stream(
+        self, server: Any, jp_fetch: Any, fakes: Fakes, jp_http_port: int, jp_base_url: str
+    ) -> None:
+        gate = threading.Semaphore(0)
+        fakes.make = lambda: FakeBackend(gate=gate, fail_at=1)
+        body = chat(stream=True).encode()
+        stream = await _post(server, jp_http_port, jp_base_url, body)
+        head = await stream.read_until(b"\n\n: ")
+        assert b" 200 " in head.split(b"\r\n")[0]
+        gate.release(10)
+        assert b'"engine_crashed"' in await stream.read_until(
+            b'"error":'
+        ) + await stream.read_until(b"\n\n")
+
+    async def test_a_client_that_knows_no_comments(
+        self, server: Any, jp_fetch: Any, fakes: Fakes
+    ) -> None:
+        gate = threading.Semaphore(0)
+        fakes.make = lambda: FakeBackend(gate=gate)
+        asked = asyncio.ensure_future(jp_fetch(*CHAT, method="POST", body=chat(stream=True)))
+        await _until(lambda: bool(fakes.models) and fakes.models[0].active == 1)
+        gate.release(100)
+        response = await asked
+        found = [item for item in events([response.body]) if "waiting" not in item]
+        assert "".join(i["choices"][0]["delta"].get("content", "") for i in found) == (
+            "one two three "
+        )
+
+
+async def test_max_seconds_ends_a_request(server: Any, jp_fetch: Any, fakes: Fakes) -> None:
+    gate = threading.Semaphore(0)
+    fakes.make = lambda: FakeBackend(gate=gate)
+    status, error = await refused(jp_fetch, *CHAT, body=chat(max_seconds=0.01))
+    assert (status, error["code"]) == (408, "deadline_exceeded")
+    assert "max_seconds" in error["message"]
+
+
+async def test_the_administrator_s_limit_binds(server: Any, jp_fetch: Any, fakes: Fakes) -> None:
+    fakes.make = lambda: FakeBackend(gate=threading.Semaphore(0))
+    server.web_app.settings["shimmy_service"].max_seconds = 0.01
+    status, error = await refused(jp_fetch, *CHAT, body=chat(max_seconds=1000))
+    assert (status, error["code"]) == (408, "deadline_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_seconds", 0), ("max_seconds", -1), ("max_seconds", "1"), ("reproducible", 1)]
+)  # fmt: skip
+async def test_own_fields_are_checked(
+    server: Any, jp_fetch: Any, field: str, value: object
+) -> None:
+    status, error = await refused(jp_fetch, *CHAT, body=chat(**{field: value}))
+    assert (status, error["code"], error["param"]) == (400, "invalid_value", field)
+
+
+async def test_reproducible_has_a_context_of_its_own(
+    server: Any, jp_fetch: Any, fakes: Fakes, monkeypatch: Any
+) -> None:
+    seen = []
+    apply = FakeBackend.apply
+
+    def record(self: FakeBackend, change: Any) -> None:
+        if isinstance(change, OpenSlot):
+            seen.append(change)
+        apply(self, change)
+
+    monkeypatch.setattr(FakeBackend, "apply", record)
+    body = chat(reproducible=True, max_tokens=9)
+    response = await jp_fetch(*CHAT, method="POST", body=body)
+    assert json.loads(response.body)["choices"][0]["message"]["content"] == "one two three "
+    (opened,) = seen
+    assert opened.private_tokens == len("<user>one two three\n<assistant>") + 9
+    assert opened.sampling.seed == 0

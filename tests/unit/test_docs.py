@@ -15,7 +15,7 @@ import pytest
 import shimmy_jupyter
 from shimmy_jupyter import errors
 from shimmy_jupyter.cli import main
-from shimmy_jupyter.config import CONFIGURABLES, ShimmyLimits, settings
+from shimmy_jupyter.config import CONFIGURABLES, Bytes, settings
 from shimmy_jupyter.notebook.magics import _OPTIONS, ShimmyMagics
 from shimmy_jupyter.server.handlers import ROUTES
 from shimmy_jupyter.server.requests import _Chat, _Completion
@@ -35,7 +35,7 @@ def test_every_setting_with_its_default(owner: type, trait: str) -> None:
     row = re.search(rf"\| `{owner.__name__}\.{trait}` \| (.+?) \|", CONTRACT)
     assert row, "not in the table of settings"
     default = getattr(owner(), trait)
-    if owner is ShimmyLimits:
+    if isinstance(owner.class_own_traits()[trait], Bytes):
         assert row[1].strip('"') == f"{default >> 20}MB"
     else:
         assert row[1] == str(default)

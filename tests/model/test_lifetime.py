@@ -1,0 +1,296 @@
+"""Loading, unloading and ending: nothing is left behind, and the event loop never waits.
+
+Cases: fifty loads; the loop during the first load of a process, later loads, a full batch, its
+cancelling, unloading, and a shut-down with work in flight; a shut-down with as many waiting as
+running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import random_gguf
+
+from shimmy_jupyter.compose import build_service
+from shimmy_jupyter.config import Settings
+from shimmy_jupyter.engine.backend import LoadSpec
+from shimmy_jupyter.engine.model import LoadedModel
+from shimmy_jupyter.errors import ShuttingDown
+from shimmy_jupyter.service import Completion
+from shimmy_jupyter.types import CompletionRequest, FinishReason, Principal, Sampling
+
+from . import conftest
+from .conftest import loaded, self_test_path
+
+ROOT = Path(__file__).parent.parent.parent
+MODES = ["none", "process"]
+LONG = Sampling(temperature=1.0, top_k=40, seed=1)
+"""With a model of words: no answer ends by itself."""
+SHAPES = {
+    "deep": random_gguf.Shape(layers=6, width=256, heads=8, head_width=32, hidden=1024),
+    "wide": random_gguf.Shape(vocabulary=100_000, context=512),
+}
+"""20 MB of layers, and 25 MB of vocabulary: loading reads that in Python."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("words")
+    for name, shape in SHAPES.items():
+        random_gguf.write(made / f"{name}.gguf", shape, words=True)
+    return made
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+# Memory
+
+
+async def test_loading_and_unloading_leaves_nothing(isolation: str) -> None:
+    process = psutil.Process()
+    measured: list[tuple[int, int, int]] = []
+    for _ in range(50 if isolation == "none" else 15):
+        async with loaded(self_test_path()) as model:
+            text, _ = await conftest.ask(model, "What does len do?")
+            assert text == "Return the number of items in a container."
+        del model
+        gc.collect()
+        memory = process.memory_info().rss
+        measured.append((memory, process.num_threads(), process.num_fds()))
+    (warm, threads, descriptors), (memory, *now) = measured[4], measured[-1]
+    print(f"\nmemory {warm >> 20} MiB, growth {memory / warm - 1:+.2%}, {now} and {threads}")
+    assert memory / warm - 1 < 0.05
+    # The loop's helper threads may become as many as there can be; nothing grows with the loads.
+    assert now[0] <= threads + 2
+    assert now[1] <= descriptors
+    assert not psutil.Process().children()
+
+
+# The event loop
+
+LONGEST = 0.05
+TICK = 0.005
+ATTEMPTS = 3
+CONTROL = """
+import json, select, sys, time
+ticks = [time.monotonic()]
+print("ready", flush=True)
+while not select.select([sys.stdin], [], [], float(sys.argv[1]))[0]:
+    ticks.append(time.monotonic())
+print(json.dumps(ticks))
+"""
+
+
+@dataclass
+class Watch:
+    """What held the loop: from when, for how long, and in which phase."""
+
+    phase: str = ""
+    gaps: list[tuple[float, float, str]] = field(default_factory=list)
+
+    async def tick(self) -> None:
+        last, phase = time.monotonic(), self.phase
+        while True:
+            await asyncio.sleep(TICK)
+            now = time.monotonic()
+            if now - last > LONGEST:
+                self.gaps.append((last, now - last, f"{phase or 'start'} … {self.phase}"))
+            last, phase = now, self.phase
+
+
+@asynccontextmanager
+async def watching() -> AsyncIterator[Watch]:
+    """Gaps between the loop's ticks that another process did not have at the same time."""
+    control = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", CONTROL, str(TICK),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=1 << 24,
+    )  # fmt: skip
+    assert control.stdout is not None
+    assert await control.stdout.readline() == b"ready\n"
+    watch = Watch()
+    ticker = asyncio.create_task(watch.tick())
+    try:
+        yield watch
+    finally:
+        await asyncio.sleep(2 * TICK)  # a gap is seen at its end
+        ticker.cancel()
+        ticks = json.loads((await control.communicate(b"end"))[0])
+    watch.gaps = [gap for gap in watch.gaps if _ours(*gap[:2], ticks)]
+
+
+def _ours(began: float, seconds: float, ticks: list[float]) -> bool:
+    """Whether the control kept ticking all the while: then it was not the machine that stood still."""
+    inside = [began, *(t for t in ticks if began < t < began + seconds), began + seconds]
+    return max(b - a for a, b in zip(inside, inside[1:], strict=False)) < LONGEST / 2
+
+
+async def never_held(life: Callable[[Watch], Awaitable[None]]) -> None:
+    """One attempt without a gap will do: what blocks by itself does so each time."""
+    found = []
+    for _ in range(ATTEMPTS):
+        async with watching() as watch:
+            await life(watch)
+        if not watch.gaps:
+            return
+        found.append([(f"{seconds * 1000:.0f} ms", phase) for _, seconds, phase in watch.gaps])
+    raise AssertionError(f"something held the event loop: {found}")
+
+
+async def full_batch(model: LoadedModel) -> list[asyncio.Task[list[str]]]:
+    """40 sequences of two people, all of them read as they come."""
+    streams = []
+    for i in range(model.engine.spec.running):
+        prompt = tuple(range(60 + i, 100 + i))
+        streams.append(model.submit(f"u{i % 2}", prompt, 400, LONG, ()))
+
+    async def read(i: int) -> list[str]:
+        async with streams[i] as stream:
+            return [text async for text in stream]
+
+    tasks = [asyncio.create_task(read(i)) for i in range(len(streams))]
+    await until(lambda: max(model.engine.statistics.rows, default=0) == len(streams))
+    return tasks
+
+
+async def a_life(path: Path, watch: Watch) -> None:
+    watch.phase = "load"
+    model = await LoadedModel.load(conftest.making, LoadSpec(path=str(path)))
+    watch.phase = "batch"
+    tasks = await full_batch(model)
+    watch.phase = "cancel"
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await until(lambda: not model.active)
+    watch.phase = "batch again"
+    tasks = await full_batch(model)
+    watch.phase = "unload amid it"
+    await model.close()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(end, ShuttingDown) for end in ends)
+    watch.phase = "end"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_nothing_holds_the_event_loop(shape: str, folder: Path, isolation: str) -> None:
+    await never_held(lambda watch: a_life(folder / f"{shape}.gguf", watch))
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_shutdown_does_not_hold_the_event_loop(mode: str, folder: Path) -> None:
+    async def life(watch: Watch) -> None:
+        service = build_service(Settings(isolation=mode, roots=(folder,)))
+        watch.phase = "start"
+        tasks = [asyncio.create_task(answer(await begin(service, i))) for i in range(40)]
+        watch.phase = "close"
+        await service.close()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(end, ShuttingDown) for end in ends)
+
+    await never_held(life)
+
+
+FIRST = """
+import asyncio, sys
+from pathlib import Path
+from tests.model import test_lifetime as t
+asyncio.run(t.first_load(Path(sys.argv[1]), sys.argv[2]))
+"""
+
+
+async def first_load(folder: Path, mode: str) -> None:
+    """In a process that has imported nothing of the engine yet. Prints the gaps."""
+    service = build_service(Settings(isolation=mode, roots=(folder,)))
+    assert "llama_cpp" not in sys.modules
+    async with watching() as watch:
+        watch.phase = "first load"
+        await (await begin(service, 0, max_tokens=2)).text()
+        watch.phase = "close"
+        await service.close()
+    print(json.dumps(watch.gaps))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_first_load_does_not_hold_the_event_loop(mode: str, folder: Path) -> None:
+    """It imports the native library and all that comes with that."""
+    found = []
+    for _ in range(ATTEMPTS):
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST, str(folder), mode], cwd=ROOT, check=True,
+            capture_output=True, text=True, env=with_scripts(),
+        )  # fmt: skip
+        found.append(json.loads(done.stdout))
+        if not found[-1]:
+            return
+    raise AssertionError(f"something held the event loop: {found}")
+
+
+def with_scripts() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(Path(random_gguf.__file__).parent)}
+
+
+# The end
+
+
+async def begin(service, number: int, model: str = "deep", max_tokens: int = 1500) -> Completion:
+    who = Principal(f"u{number % 2}")
+    prompt = tuple(range(60 + number, 100 + number))
+    return await service.start(
+        CompletionRequest(str(number), who, model, prompt, max_tokens, LONG)
+    )
+
+
+async def answer(completion: Completion) -> str:
+    async with completion:
+        return await completion.text()
+
+
+def names() -> set[str]:
+    # The loop's own helper threads stay until it closes.
+    return {t.name for t in threading.enumerate() if not t.name.startswith("asyncio_")}
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_shutdown_with_as_many_waiting_as_running(
+    mode: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = names()
+    service = build_service(Settings(isolation=mode, roots=(folder,), max_sequences=16))
+    completions = [await begin(service, i) for i in range(40)]
+    (model,) = service.pool.loaded()
+    scheduler = model.engine.scheduler
+    await until(lambda: len(scheduler.running) == 20 and len(scheduler.line) == 20)
+    await until(lambda: model.engine.statistics.steps > 3)
+    readers = [asyncio.create_task(answer(completion)) for completion in completions]
+    with caplog.at_level(logging.WARNING):
+        await service.close()
+        ends = await asyncio.gather(*readers, return_exceptions=True)
+    for end, completion in zip(ends, completions, strict=True):
+        assert isinstance(end, ShuttingDown)
+        assert completion.ended.reason is FinishReason.ERROR
+    with pytest.raises(ShuttingDown):
+        await begin(service, 0)
+    assert names() == before
+    assert not psutil.Process().children()
+    assert not caplog.records
+    assert not scheduler.sequences
+    gc.collect()
