@@ -23,7 +23,7 @@ from shimmy_jupyter.core.messages import OpenSlot
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.fake import FakeBackend
 from shimmy_jupyter.errors import EngineLost
-from shimmy_jupyter.notebook.client import events
+from shimmy_jupyter.notebook import client
 
 from .conftest import MODEL, Fakes, chat
 
@@ -532,21 +532,24 @@ class TestWaiting:
         self, server: Any, jp_fetch: Any, fakes: Fakes, jp_http_port: int, jp_base_url: str
     ) -> None:
         gate = threading.Semaphore(0)
-        fakes.make = lambda: FakeBackend(gate=gate)
+        fakes.make = lambda: FakeBackend(lambda _: ["word "] * 50, gate=gate)
         fakes.spec = LoadSpec(path="", sequences=1)
         body = chat(stream=True).encode()
-        streams = [await _post(server, jp_http_port, jp_base_url, body) for _ in range(3)]
-        await _until(lambda: bool(fakes.models) and fakes.models[0].active == 3)
-        gate.release()
-        seen = [await self._comments(streams[-1], b"queued")]
-        while seen[-1]["position"] != 1:
-            seen.append(await self._comments(streams[-1], b"queued"))
-        assert "as many as one may have" in seen[-1]["reason"]
-        assert seen[-1]["prompt_tokens"] == len("<user>one two three\n<assistant>")
-        gate.release(100)
+        streams = []
+        for count in (1, 2, 3):
+            streams.append(await _post(server, jp_http_port, jp_base_url, body))
+            await _until(lambda: bool(fakes.models) and fakes.models[0].active == count)  # noqa: B023
+        await streams[-1].read_until(b": waiting")
+        # What was asked is answered between two steps.
+        gate.release(10)
+        seen = await self._comments(streams[-1], b"queued")
+        assert seen["position"] == 1
+        assert "as many as one may have" in seen["reason"]
+        assert seen["prompt_tokens"] == len("<user>one two three\n<assistant>")
+        gate.release(1000)
         for stream in streams:
-            text = await stream.read_until(b"[DONE]")
-            assert b"one " in text
+            assert b"word " in await stream.read_until(b"[DONE]")
+            stream.close()
 
     async def test_an_error_after_that_is_in_the_stream(
         self, server: Any, jp_fetch: Any, fakes: Fakes, jp_http_port: int, jp_base_url: str
@@ -555,12 +558,12 @@ class TestWaiting:
         fakes.make = lambda: FakeBackend(gate=gate, fail_at=1)
         body = chat(stream=True).encode()
         stream = await _post(server, jp_http_port, jp_base_url, body)
-        head = await stream.read_until(b"\n\n: ")
+        head = await stream.read_until(b": waiting")
         assert b" 200 " in head.split(b"\r\n")[0]
         gate.release(10)
-        assert b'"engine_crashed"' in await stream.read_until(
-            b'"error":'
-        ) + await stream.read_until(b"\n\n")
+        await stream.read_until(b'"error":')
+        assert b'"engine_crashed"' in await stream.read_until(b"\n\n")
+        stream.close()
 
     async def test_a_client_that_knows_no_comments(
         self, server: Any, jp_fetch: Any, fakes: Fakes
@@ -571,7 +574,7 @@ class TestWaiting:
         await _until(lambda: bool(fakes.models) and fakes.models[0].active == 1)
         gate.release(100)
         response = await asked
-        found = [item for item in events([response.body]) if "waiting" not in item]
+        found = [item for item in client.events([response.body]) if "waiting" not in item]
         assert "".join(i["choices"][0]["delta"].get("content", "") for i in found) == (
             "one two three "
         )
