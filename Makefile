@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 # A prebuilt llama-cpp-python wheel to install instead of compiling it.
 LLAMA_WHEEL ?=
+# For benchmarks/bench.py, such as "--only warm,prefill --models 0.6b".
+BENCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: help demo lab test lint types unit component model notebooks bench clean
+.PHONY: help demo lab test lint types unit component model notebooks bench bench-quick report soak clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -62,10 +64,24 @@ model: $(VENV)/.test ## The real engine, real servers, real kernels
 notebooks: $(VENV)/.test ## The notebooks still say what they say
 	IPYTHONDIR=$(CURDIR)/tests/ipython $(BIN)/python scripts/with_server.py $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg notebooks
 
-bench: $(VENV)/.test ## Ratios to the raw loop, the host's cost of a step, the cost of starting
-	$(BIN)/python benchmarks/bench.py
+# The peers and the plots; without them the benchmark says what it leaves out.
+$(VENV)/.bench: pyproject.toml | $(VENV)/.test
+	-$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	@touch $@
+
+bench: $(VENV)/.bench ## Ours, the raw loop and the peers, side by side: takes hours; BENCH=... narrows it
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/report.py
+
+bench-quick: $(VENV)/.bench ## That the benchmark works, on a tiny model; its figures mean nothing
+	$(BIN)/python benchmarks/bench.py --models check --quick --json benchmarks/results/check.json
+
+report: $(VENV)/.bench ## Make docs/performance.md from the last measurements
+	$(BIN)/python benchmarks/report.py
+
+soak: $(VENV)/.test ## Ten minutes of arrivals, cancels, slow readers, deadlines and crashes
+	$(BIN)/python benchmarks/soak.py --isolation process
 
 clean: ## Remove the virtual environment and what was built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/results

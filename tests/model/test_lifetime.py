@@ -40,7 +40,9 @@ MODES = ["none", "process"]
 LONG = Sampling(temperature=1.0, top_k=40, seed=1)
 """With a model of words: no answer ends by itself."""
 SHAPES = {
-    "deep": random_gguf.Shape(layers=6, width=256, heads=8, head_width=32, hidden=1024),
+    "deep": random_gguf.Shape(
+        layers=6, width=256, heads=8, head_width=32, hidden=1024, vocabulary=2048
+    ),
     "wide": random_gguf.Shape(vocabulary=100_000, context=512),
 }
 """20 MB of layers, and 25 MB of vocabulary: loading reads that in Python."""
@@ -154,11 +156,11 @@ async def never_held(life: Callable[[Watch], Awaitable[None]]) -> None:
 
 
 async def full_batch(model: LoadedModel) -> list[asyncio.Task[list[str]]]:
-    """40 sequences of two people, all of them read as they come."""
+    """40 sequences, all of them read as they come; of many people, as one may not have them all."""
     streams = []
     for i in range(model.engine.spec.running):
         prompt = tuple(range(60 + i, 100 + i))
-        streams.append(model.submit(f"u{i % 2}", prompt, 400, LONG, ()))
+        streams.append(model.submit(f"u{i % 20}", prompt, 400, LONG, ()))
 
     async def read(i: int) -> list[str]:
         async with streams[i] as stream:
@@ -252,11 +254,9 @@ def with_scripts() -> dict[str, str]:
 
 
 async def begin(service, number: int, model: str = "deep", max_tokens: int = 1500) -> Completion:
-    who = Principal(f"u{number % 2}")
+    who = Principal(f"u{number % 20}")
     prompt = tuple(range(60 + number, 100 + number))
-    return await service.start(
-        CompletionRequest(str(number), who, model, prompt, max_tokens, LONG)
-    )
+    return await service.start(CompletionRequest(str(number), who, model, prompt, max_tokens, LONG))
 
 
 async def answer(completion: Completion) -> str:
