@@ -6,6 +6,7 @@ Traits become one frozen `Settings`, which is passed in where it is needed and f
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -38,6 +39,16 @@ class Bytes(TraitType[int, "int | str"]):
         if match is None or (self._least and not float(match[1])):
             raise TraitError(f"{self.name} must be {self.info_text}, not {value!r}")
         return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+class Finite(Float):  # type: ignore[type-arg]
+    """A number that can be reckoned with."""
+
+    def validate(self, obj: Any, value: Any) -> Any:
+        found = super().validate(obj, value)
+        if found is not None and not math.isfinite(found):
+            raise TraitError(f"{self.name or 'a share'} must be a finite number, not {value!r}")
+        return found
 
 
 class ShimmyEngine(Configurable):
@@ -73,6 +84,7 @@ class ShimmyEngine(Configurable):
     threads = Int(
         0,
         min=0,
+        max=512,
         help="Threads that decode, always. 0: as many as the process may use processors, and fewer "
         "while others are busy on them.",
     ).tag(config=True)
@@ -94,6 +106,7 @@ class ShimmyEngine(Configurable):
     ).tag(config=True)
     public_prefixes = List(
         Unicode(),
+        maxlen=64,
         help="Texts with which prompts begin, or system messages, whose computed KV everybody may "
         "share. Otherwise nobody finds what another's prompt has left in the cache.",
     ).tag(config=True)
@@ -103,7 +116,7 @@ class ShimmyEngine(Configurable):
         help="Host memory for KV of earlier prompts that the cache has no room for. 0: none.",
     ).tag(config=True)
     weights = Dict(
-        value_trait=Float(min=0.01),
+        value_trait=Finite(min=0.01, max=1e6),
         key_trait=Unicode(),
         help="Users' shares of the engine when they compete for it. 1 for whoever is not named.",
     ).tag(config=True)
@@ -125,7 +138,7 @@ class ShimmyLimits(Configurable):
     max_request_size = Bytes(
         8 << 20, help='Most bytes in the body of a request, such as "8MB".'
     ).tag(config=True)
-    max_seconds = Float(
+    max_seconds = Finite(
         None,
         min=0.001,
         allow_none=True,
@@ -162,6 +175,11 @@ def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Set
     engine = ShimmyEngine(config=config)
     models = ShimmyModels(config=config)
     limits = ShimmyLimits(config=config)
+    for text in engine.public_prefixes:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TraitError(f"ShimmyEngine.public_prefixes is no text: {error}") from None
     paths = [*models.roots, *environment.get("SHIMMY_MODEL_PATHS", "").split(os.pathsep)]
     return Settings(
         context_size=engine.context_size,

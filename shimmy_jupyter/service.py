@@ -4,6 +4,7 @@ tests all come through here.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -13,7 +14,13 @@ from typing import Any, Self
 from .core.messages import Progress
 from .engine.model import LoadedModel
 from .engine.stream import TokenStream
-from .errors import Cancelled, ContextLengthExceeded, EngineLost, InvalidValue
+from .errors import (
+    Cancelled,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EngineLost,
+    InvalidValue,
+)
 from .models.lifecycle import ModelPool, ModelStatus
 from .types import CompletionRequest, Ended, FinishReason, Message, ModelFacts, Timings, Usage
 
@@ -166,18 +173,21 @@ class CompletionService:
 
     async def start(self, request: CompletionRequest) -> Completion:
         """Resolve the model, count the prompt exactly, refuse what cannot fit, queue the rest."""
+        limits = [t for t in (request.max_seconds, self.max_seconds) if t is not None]
+        limit = min(limits, default=None)
+        clock = asyncio.get_running_loop().time
+        began = clock()
         try:
-            model, prompt = await self._encoded(request)
-        except EngineLost:
-            # Its process ended while nobody was using it: nothing of this request is lost.
-            model, prompt = await self._encoded(request)
+            async with asyncio.timeout(limit):
+                model, prompt = await self._prepared(request)
+        except TimeoutError:
+            raise DeadlineExceeded("the request took longer than its max_seconds") from None
         max_tokens = self._room(request, len(prompt), model.facts)
         if max_tokens == 0:
             return Completion(request, len(prompt), None)
         sampling = request.sampling
         if request.reproducible and sampling.seed is None:
             sampling = replace(sampling, seed=0)
-        limits = [t for t in (request.max_seconds, self.max_seconds) if t is not None]
         stream = model.submit(
             request.principal.name,
             prompt,
@@ -185,14 +195,21 @@ class CompletionService:
             sampling,
             request.stop,
             reproducible=request.reproducible,
-            max_seconds=min(limits, default=None),
+            max_seconds=None if limit is None else max(0.0, limit - (clock() - began)),
         )
         return Completion(request, len(prompt), stream)
 
     async def _encoded(self, request: CompletionRequest) -> tuple[LoadedModel, tuple[int, ...]]:
         model = await self.pool.get(request.model)
         model.check_bias(request.sampling.logit_bias)
-        return model, await model.encode(request.prompt)
+        return model, await model.encode(request.prompt, request.principal.name)
+
+    async def _prepared(self, request: CompletionRequest) -> tuple[LoadedModel, tuple[int, ...]]:
+        try:
+            return await self._encoded(request)
+        except EngineLost:
+            # Its process ended while nobody was using it: nothing of this request is lost.
+            return await self._encoded(request)
 
     def _room(self, request: CompletionRequest, prompt_tokens: int, facts: ModelFacts) -> int:
         """How many tokens to generate. Raises `ContextLengthExceeded` if they cannot all fit."""

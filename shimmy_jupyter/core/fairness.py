@@ -49,10 +49,6 @@ class Counters:
         if len(self._counters) > _REMEMBERED:
             self._forget()
 
-    def first(self, principals: Iterable[str]) -> str:
-        """Who goes next; of equals the one named first."""
-        return min(principals, key=self.__getitem__)
-
     def _forget(self) -> None:
         """Whoever is no further than the floor would begin there anyway."""
         self._counters = {

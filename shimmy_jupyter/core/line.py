@@ -2,7 +2,8 @@
 
 A principal that has as much as one may have at the moment does not wait in the sense of fairness: its
 counter is lifted when it may have more again, as if it had been idle. Whoever is next waits until a
-slot and its whole KV reservation are free, and nobody overtakes it.
+slot and its whole KV reservation are free; meanwhile others that fit pass it, up to half of the cache in
+all, so that neither a large request nor one that never comes to be holds up everybody.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from .room import Room
 from .sequence import Sequence, State
 
 Queues = dict[str, deque[Sequence]]
+
+_OPENING_COST = 64
+"""Prompt tokens' worth of making a context of its own for a reproducible sequence."""
+_SHARE = 3
+"""One principal may have so many times the places in the queue that would be left free."""
+_PASS = 2
+"""One that has no room yet is passed by others with 1 / so much of the cache, and then no more."""
 
 
 class Line:
@@ -35,6 +43,8 @@ class Line:
         self._queues: Queues = {}
         self._private_queues: Queues = {}
         self._count = 0
+        self._passed: list[Sequence] = []
+        """Those whom the sequence that `first` has named would pass."""
 
     def __len__(self) -> int:
         return self._count
@@ -42,6 +52,13 @@ class Line:
     def waiting(self) -> list[Sequence]:
         queues = [*self._queues.values(), *self._private_queues.values()]
         return [sequence for queue in queues for sequence in queue]
+
+    def is_full(self, principal: str) -> bool:
+        """Whether one more of this principal's would leave too little for others."""
+        lanes = (self._queues, self._private_queues)
+        own = sum(len(lane[principal]) for lane in lanes if principal in lane)
+        left = self.capacity.queue - self._count
+        return left <= 0 or own >= _SHARE * left
 
     def join(self, sequence: Sequence) -> None:
         self._lane(sequence).setdefault(sequence.principal, deque()).append(sequence)
@@ -76,13 +93,22 @@ class Line:
             if self.room.refuses(queue[0]) is None and not self._awaits(queue[0])
         }
         self.counters.wait(heads)
-        if not heads:
-            return None
-        sequence = heads[self.counters.first(heads)]
-        return sequence if self.room.lacks(sequence) is None else None
+        in_order = sorted(heads.values(), key=lambda s: (self.counters[s.principal], s.id))
+        for at, sequence in enumerate(in_order):
+            if self.room.lacks(sequence) is None and self._may_pass(sequence, in_order[:at]):
+                self._passed = in_order[:at]
+                return sequence
+        return None
+
+    def _may_pass(self, sequence: Sequence, before: list[Sequence]) -> bool:
+        """Whether those who are next and have no room yet can bear to be passed once more."""
+        most = self.capacity.kv_tokens // _PASS
+        return all(waits.passed + sequence.reserved <= most for waits in before)
 
     def admit(self, sequence: Sequence, now: float, out: list[m.Instruction]) -> None:
         """Move the first one into a slot, with what the backend has to do for it."""
+        for waits in self._passed:
+            waits.passed += sequence.reserved
         self._take(self._queues, sequence, now)
         out += self.room.place(sequence)
         self._charge_prompt(sequence, sequence.prompt_left)
@@ -93,11 +119,14 @@ class Line:
         if self.private is None and self._private_queues:
             heads = {p: queue[0] for p, queue in self._private_queues.items()}
             self._private_counters.wait(heads)
-            sequence = heads[self._private_counters.first(heads)]
+            sequence = min(
+                heads.values(), key=lambda s: (self._private_counters[s.principal], s.id)
+            )
             self._take(self._private_queues, sequence, now)
             sequence.slot = self.capacity.private_slot
             self.private = sequence
             self._charge_prompt(sequence, len(sequence.prompt))
+            self.spend(sequence, _OPENING_COST)
             out.append(_opening(sequence, sequence.reserved))
         return self.private
 
@@ -107,6 +136,10 @@ class Line:
             self.counters.charge(principal, completion=count)
             if private:
                 self._private_counters.charge(principal, completion=count)
+
+    def spend(self, sequence: Sequence, prompt: int) -> None:
+        """Count work that was done for it and is lost."""
+        self._charge_prompt(sequence, prompt)
 
     def _charge_prompt(self, sequence: Sequence, tokens: int) -> None:
         self.counters.charge(sequence.principal, tokens)

@@ -65,6 +65,7 @@ class Pace:
     def observe(self, rows: int, prompt: int, seconds: float, threads: int) -> None:
         """A step of `rows` decoding sequences and `prompt` tokens of prompts."""
         self._threads = threads
+        seconds = max(seconds, 1e-7)
         if not prompt:
             self._steps += 1
             times = self._decode.setdefault(threads, {})

@@ -75,7 +75,7 @@ class Room:
             del self.prefixes.kept[match.place]
             self._make_room(sequence.reserved, None, out)
         else:
-            source = match.entry if match is not None and not match.saved else None
+            source = match.entry if match is not None else None
             self._make_room(sequence.reserved, source, out)
             sequence.slot = self._empty_slot(source, out)
         if match is not None:
@@ -140,7 +140,7 @@ class Room:
             yield m.TrimSlot(slot, match.tokens)
 
     def _make_room(self, tokens: int, source: Entry | None, out: list[m.Instruction]) -> None:
-        """Evict what is kept, but not `source`, until so many cells are free."""
+        """Evict what is kept, but not `source`, which is about to be used, until there is room."""
         left = self.capacity.kv_tokens - self.reserved_tokens - tokens
         while self.prefixes.kept_tokens > left:
             self.free_slots.append(self._evict(source, out))
@@ -152,10 +152,12 @@ class Room:
         """Empty the slot that was used least recently, saving its KV where that is worth it."""
         entry = self.prefixes.oldest(self.prefixes.kept, source)
         assert entry is not None, "there is always room for what may be admitted"
-        if entry.size <= self.capacity.saved_tokens and not self.prefixes.is_elsewhere(entry):
+        needed = source.size if source is not None and source in self.prefixes.saved.values() else 0
+        fits = entry.size + needed <= self.capacity.saved_tokens
+        if fits and not self.prefixes.is_elsewhere(entry):
             while self.prefixes.saved_tokens + entry.size > self.capacity.saved_tokens:
-                oldest = self.prefixes.oldest(self.prefixes.saved)
-                assert oldest is not None
+                oldest = self.prefixes.oldest(self.prefixes.saved, source)
+                assert oldest is not None, "all but what is needed can go"
                 del self.prefixes.saved[oldest.place]
                 out.append(m.DropSaved(oldest.place))
             out.append(m.SaveSlot(entry.place, self.prefixes.save(entry).place))

@@ -85,7 +85,7 @@ class Scheduler:
         )
         if self.halted is not None:
             return [self._ended(sequence, FinishReason.ERROR, now, self.halted)]
-        if len(self.line) >= self.capacity.queue:
+        if self.line.is_full(event.principal):
             waiting = f"{len(self.line)} requests are waiting already; try again later"
             failure = Failure("queue_full", waiting)
             return [self._ended(sequence, FinishReason.ERROR, now, failure)]
@@ -125,6 +125,7 @@ class Scheduler:
         if sequence is not None:
             sequence.reader_full = False
             if sequence.state is State.PAUSED:
+                sequence.paused += now - sequence.reader_full_since
                 sequence.state = State.DECODE
         return []
 
@@ -186,6 +187,8 @@ class Scheduler:
             sequence = by_slot[row.slot]
             sequence.in_step = False
             if sequence.state is State.CANCELLING:
+                # Its time was taken, or giving up amid one's own prompt would cost nothing.
+                self.line.spend(sequence, len(row.tokens))
                 instructions += self._end_unwanted(sequence, now)
             elif sequence.state is State.DECODE and sequence.reader_full:
                 sequence.state = State.PAUSED
@@ -217,13 +220,17 @@ class Scheduler:
         self.running[sequence.id] = sequence
 
     def _give_up_on_readers(self, now: float) -> list[m.Instruction]:
-        """A sequence that is paused holds a slot and KV room that others may be waiting for."""
+        """A sequence that is paused holds a slot and KV room that others may be waiting for; and the
+        one slot for reproducible sequences is not for a reader that is slow again and again.
+        """
         patience = self.capacity.patience
         failure = Failure("deadline_exceeded", f"the answer was not read for {patience:.0f} s")
         return [
             instruction
             for sequence in list(self.running.values())
-            if sequence.state is State.PAUSED and now - sequence.reader_full_since > patience
+            if sequence.state is State.PAUSED
+            and now - sequence.reader_full_since + sequence.paused * sequence.reproducible
+            > patience
             for instruction in self._end(sequence, FinishReason.ERROR, now, failure)
         ]
 

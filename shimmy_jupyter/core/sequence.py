@@ -54,6 +54,10 @@ class Sequence:
     reused: int = 0
     """Of these, the prompt's that were there already."""
     answer: list[int] = field(default_factory=list)
+    passed: int = 0
+    """Tokens reserved by those who were admitted before it although it was their next."""
+    paused: float = 0.0
+    """Seconds that it has waited for its reader."""
     turn: int = 0
     """When it was last in a step; who waits longest goes first."""
     admitted_at: float | None = None

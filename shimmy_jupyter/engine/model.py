@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import re
@@ -13,7 +14,6 @@ from ..errors import (
     EngineLost,
     InvalidValue,
     ModelLoadFailed,
-    QueueFull,
     ShuttingDown,
 )
 from ..types import Failure, Message, ModelFacts, Prompt, Sampling
@@ -21,9 +21,16 @@ from .backend import Backend, LoadSpec, Sharing
 from .deep import MAX_TEXT_BYTES, in_deep_thread
 from .stream import TokenStream
 from .template import ChatTemplate
+from .turns import Turns
 from .worker import Engine
 
 log = logging.getLogger("shimmy_jupyter.engine")
+
+_SHORT = 4096
+_LONGEST_SPECIAL = 64
+
+
+_Node = dict[str, "_Node"]
 
 
 class LoadedModel:
@@ -35,10 +42,8 @@ class LoadedModel:
     def __init__(self, engine: Engine, facts: ModelFacts, *, max_waiting: int) -> None:
         self.engine = engine
         self.facts = facts
-        self._one_at_a_time = asyncio.Lock()
-        self._waiting = 0
-        self._max_waiting = max_waiting
-        self._special = _alternatives(facts.special_tokens)
+        self._turns = Turns(max_waiting)
+        self._special = any_of(facts.special_tokens)
         self._template: ChatTemplate | None = None
         self._closed = False
 
@@ -67,8 +72,12 @@ class LoadedModel:
             sharing=sharing,
         )
         model = cls(engine, await engine.start(), max_waiting=queue_size)
-        if sharing is not None and sharing.public:
-            engine.publish(await model.public_prefixes(sharing.public))
+        try:
+            if sharing is not None and sharing.public:
+                engine.publish(await model.public_prefixes(sharing.public))
+        except BaseException:
+            await engine.stop()
+            raise
         return model
 
     async def public_prefixes(self, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
@@ -86,8 +95,8 @@ class LoadedModel:
                 log.warning("a prefix of ShimmyEngine.public_prefixes is of no use: %s", error)
         return tuple(found)
 
-    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """The prompt's exact tokens. Raises `InvalidValue` where they cannot be had, and
+    async def encode(self, prompt: Prompt, principal: str = "") -> tuple[int, ...]:
+        """The prompt's exact tokens, when it is this principal's turn. Raises `QueueFull`, `InvalidValue` where they cannot be had, and
         `ContextLengthExceeded` without counting further where they can never fit.
         """
         if self._closed:
@@ -96,19 +105,17 @@ class LoadedModel:
             tokens = tuple(token for token in prompt if isinstance(token, int))
             self._check_ids(tokens, "prompt")
             return tokens
-        if self._waiting >= self._max_waiting:
-            raise QueueFull(f"{self._waiting} prompts are waiting to be read; try again later")
-        self._waiting += 1
         try:
-            async with self._one_at_a_time:
+            async with self._turns.turn(principal):
                 text = prompt if isinstance(prompt, str) else await self._render(prompt)
-                size = self._check_length(text, "prompt" if text is prompt else "messages")
+                param = "prompt" if text is prompt else "messages"
+                check = functools.partial(self._check_length, text, param)
+                # Off the event loop, for the sake of others when it is long.
+                size = check() if len(text) < _SHORT else await asyncio.to_thread(check)
                 return await in_deep_thread(lambda: self.engine.backend.tokenize(text), size)
         except EngineLost as error:
             self.engine.lose(Failure(error.code, error.message))
             raise
-        finally:
-            self._waiting -= 1
 
     async def _render(self, prompt: tuple[int, ...] | tuple[Message, ...]) -> str:
         messages = tuple(turn for turn in prompt if isinstance(turn, Message))
@@ -195,6 +202,30 @@ class LoadedModel:
         return self._template
 
 
-def _alternatives(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
-    longest_first = sorted((re.escape(token) for token in tokens if token), key=len, reverse=True)
-    return re.compile("|".join(longest_first)) if longest_first else None
+def any_of(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Matches the longest of the texts. Common beginnings are tried once: some vocabularies have
+    thousands, and a plain alternation looks at each of them at each character.
+    """
+    root: _Node = {}
+    for token in tokens:
+        node = root
+        if len(token) > _LONGEST_SPECIAL:
+            continue  # the count is a lower bound, and a regular expression must not nest for ever
+        for character in token:
+            node = node.setdefault(character, {})
+        if token:
+            node[""] = {}
+    return re.compile(_pattern(root)) if root else None
+
+
+def _pattern(node: _Node) -> str:
+    """The rest of the texts, from this common beginning on."""
+    # A chain without a branch is written at once, so that depth is that of the branches.
+    chain = ""
+    while len(node) == 1 and "" not in node:
+        ((character, node),) = node.items()
+        chain += re.escape(character)
+    rest = [re.escape(c) + _pattern(after) for c, after in node.items() if c]
+    if not rest:
+        return chain
+    return f"{chain}(?:{'|'.join(rest)})" + ("?" if "" in node else "")

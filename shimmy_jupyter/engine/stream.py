@@ -46,8 +46,11 @@ class StreamStatistics:
 class TokenStream:
     """Read by one task: `async for text in stream`, then `ended` says how it ended."""
 
-    def __init__(self, id: int, capacity: int, upstream: Upstream) -> None:
+    def __init__(
+        self, id: int, capacity: int, upstream: Upstream, principal: str = "local"
+    ) -> None:
         self.id = id
+        self.principal = principal
         self.capacity = capacity
         self.loop = asyncio.get_running_loop()
         self.ended: Ended | None = None

@@ -306,6 +306,10 @@ def _step(values: list[Any]) -> Step:
     return Step(tuple(map(Row, slots, starts, map(tuple, tokens), samples)))
 
 
+_LONGEST_PIECE = 4096
+"""Bytes. A stream's bound counts pieces."""
+
+
 def _step_result(values: list[Any]) -> StepResult:
     _same_length(values, ".......")
     seconds, aborted = values[:2]
@@ -315,6 +319,8 @@ def _step_result(values: list[Any]) -> StepResult:
         raise WireError("a time that none can be")
     slots, tokens = _ids(values[2]), _ids(values[3])
     pieces = [piece.encode("latin-1") for piece in _list(values[4], str)]
+    if any(len(piece) > _LONGEST_PIECE for piece in pieces):
+        raise WireError("a token's text that none can be")
     ends, failures = _list(values[5], bool), _list(values[6])
     _same_length(slots, tokens, pieces, ends, failures)
     none = failures.count(None) == len(failures)
@@ -328,6 +334,8 @@ def _facts(values: list[Any]) -> ModelFacts:
     sizes = [size for field in fields(facts) if type(size := getattr(facts, field.name)) is int]
     if min(sizes) < 0 or max(sizes) >= _SIZE:
         raise WireError("a size that none can be")
+    if min(facts.kv_bytes_per_token, facts.threads, facts.slots, facts.context_size) < 1:
+        raise WireError("a size of nothing")
     if facts.vocabulary >= _ID or facts.slots > _MOST_SLOTS:
         raise WireError("a vocabulary or slots that none can be")
     return facts

