@@ -1,8 +1,8 @@
 """What a backend is: something that decodes rows. Calls and results are plain messages, so that the
 same backend can sit in this process or behind a socketpair.
 
-One thread calls `load`, then `apply` and `step`, and at last `unload`. Another may call `tokenize`
-and `abort` meanwhile, as the vocabulary does not change; after `unload` `tokenize` raises.
+One thread calls `load`, then `apply` and `step`, and at last `unload`. Another may call `tokenize`,
+`check` and `abort` meanwhile, as the vocabulary does not change; after `unload` `tokenize` raises.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ class Backend(Protocol):
 
     def tokenize(self, text: str) -> tuple[int, ...]:
         """Token ids of a whole prompt, special tokens recognised, the model's BOS in front once."""
+        ...
+
+    def check(self) -> None:
+        """Raises `EngineLost` if nothing can be asked any more, as far as that is known."""
         ...
 
     def apply(self, change: SlotChange) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from ..core import messages as m
-from ..errors import EngineCrashed
+from ..errors import EngineCrashed, EngineLost
 from ..types import Failure, ModelFacts
 from .backend import LoadSpec, StepResult
 
@@ -78,6 +78,10 @@ class FakeBackend:
 
     def tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
+
+    def check(self) -> None:
+        if not self.loaded:
+            raise EngineLost("the model has been unloaded")
 
     def apply(self, change: m.SlotChange) -> None:
         match change:

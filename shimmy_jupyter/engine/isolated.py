@@ -119,6 +119,11 @@ class IsolatedBackend:
             )
         return found.tokens
 
+    def check(self) -> None:
+        child = self._running()
+        if child.pid is None:
+            raise child.lost()
+
     def apply(self, change: SlotChange) -> None:
         child = self._running()
         self._changes.append(change)

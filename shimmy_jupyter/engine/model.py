@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ..errors import (
     ContextLengthExceeded,
@@ -39,11 +40,18 @@ class LoadedModel:
     backend keeps it alive while it is being read.
     """
 
-    def __init__(self, engine: Engine, facts: ModelFacts, *, max_waiting: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        facts: ModelFacts,
+        special: re.Pattern[str] | None,
+        *,
+        max_waiting: int,
+    ) -> None:
         self.engine = engine
         self.facts = facts
         self._turns = Turns(max_waiting)
-        self._special = any_of(facts.special_tokens)
+        self._special = special
         self._template: ChatTemplate | None = None
         self._closed = False
 
@@ -71,8 +79,11 @@ class LoadedModel:
             stream_capacity=stream_capacity,
             sharing=sharing,
         )
-        model = cls(engine, await engine.start(), max_waiting=queue_size)
+        facts = await engine.start()
         try:
+            # Thousands of them take a while.
+            special = await asyncio.to_thread(any_of, facts.special_tokens)
+            model = cls(engine, facts, special, max_waiting=queue_size)
             if sharing is not None and sharing.public:
                 engine.publish(await model.public_prefixes(sharing.public))
         except BaseException:
@@ -104,8 +115,10 @@ class LoadedModel:
         if isinstance(prompt, tuple) and not (prompt and isinstance(prompt[0], Message)):
             tokens = tuple(token for token in prompt if isinstance(token, int))
             self._check_ids(tokens, "prompt")
+            with self._losing():
+                await asyncio.to_thread(self.engine.backend.check)
             return tokens
-        try:
+        with self._losing():
             async with self._turns.turn(principal):
                 text = prompt if isinstance(prompt, str) else await self._render(prompt)
                 param = "prompt" if text is prompt else "messages"
@@ -113,6 +126,12 @@ class LoadedModel:
                 # Off the event loop, for the sake of others when it is long.
                 size = check() if len(text) < _SHORT else await asyncio.to_thread(check)
                 return await in_deep_thread(lambda: self.engine.backend.tokenize(text), size)
+
+    @contextlib.contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Let the engine know that it is lost, if that is found out here."""
+        try:
+            yield
         except EngineLost as error:
             self.engine.lose(Failure(error.code, error.message))
             raise

@@ -144,9 +144,6 @@ class TestWhileIdle:
         )
         assert len(service.pool.loaded()) == 1
 
-    @pytest.mark.xfail(
-        raises=EngineCrashed, strict=True, reason="only a text to tokenize finds out in time"
-    )
     async def test_so_is_one_of_tokens(self, service: CompletionService) -> None:
         """Nothing of its prompt goes through the engine's process before it is queued."""
         before = await answer(service, (65, 66, 67), 8)

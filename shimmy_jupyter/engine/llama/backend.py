@@ -181,6 +181,10 @@ class LlamaBackend:
             raise EngineCrashed("llama.cpp could not tokenize the prompt")
         return tokens
 
+    def check(self) -> None:
+        if not self._model:
+            raise EngineLost("the model has been unloaded")
+
     def apply(self, change: SlotChange) -> None:
         shared = self._shared
         if shared is None:
