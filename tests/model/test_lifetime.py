@@ -8,6 +8,7 @@ running.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import subprocess

@@ -21,7 +21,7 @@ from .. import processors
 from ..alarm import Alarm
 from ..backend import LoadSpec, StepResult
 from . import facts, offload
-from .binding import initialise, listen, native, quick, why
+from .binding import give_back_memory, initialise, listen, native, quick, why
 from .context import AbortFlag, Context, ContextSpec
 from .facts import Vocabulary
 
@@ -169,6 +169,7 @@ class LlamaBackend:
             if self._model:
                 native.llama_model_free(self._model)
                 self._model = None
+                give_back_memory()
 
     # Use
 

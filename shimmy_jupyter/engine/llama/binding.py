@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
 import llama_cpp.llama_cpp as native
 
-__all__ = ["initialise", "listen", "native", "quick", "why"]
+__all__ = ["give_back_memory", "initialise", "listen", "native", "quick", "why"]
 
 log = logging.getLogger("shimmy_jupyter.llama")
 
@@ -72,6 +73,13 @@ def why(path: str) -> str:
     reason = line.rpartition("error loading model: ")[2].replace(path, Path(path).name)
     # Also of other files, such as a model's further parts.
     return re.sub(r"(?:[A-Za-z]:)?[/\\][^'\"]*[/\\]", "", reason)
+
+
+def give_back_memory() -> None:
+    """What was freed goes back to the system, where the C library would keep it for each thread."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @functools.cache
