@@ -21,7 +21,9 @@ def labels(plan: Plan) -> dict[str, tuple[str, int]]:
     cores = peers.cores()
     fixed = sorted({1, max(1, cores // 2), max(1, cores - 1), cores})
     physical = psutil.cpu_count(logical=False) or cores
-    found = {"shimmy": (peers.OURS, 0), f"shimmy, {cores} threads": (peers.OURS, cores)}
+    found = {"shimmy": (peers.OURS, 0)}
+    # One core fewer is what a single busy process leaves.
+    found |= {f"shimmy, {n} threads": (peers.OURS, n) for n in sorted({max(1, cores - 1), cores})}
     # A default is one of the fixed settings under another name.
     for name, default in ((peers.SERVER, max(cores // 2, 1)), (peers.XLLAMA, physical)):
         found[f"{name}, default ({default})"] = (name, 0)

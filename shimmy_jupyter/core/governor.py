@@ -44,7 +44,7 @@ DOWN_NEAR = 1.25
 """Where a lower level takes less than so many times as long, a trial of a yet lower one follows."""
 SLOW, SLOWER = 1.5, 1.1
 """Suspiciously slow: so many times the usual, or what the level below took lately."""
-SLOW_WAIT, SLOW_SHARE = 1.0, 10.0
+SLOW_WAIT, SLOW_SHARE = 1.0, 20.0
 
 FRESH, FRESH_STEPS = 5.0, 16
 """Times are of the same few moments if so many seconds, or steps, lie between them at most."""
