@@ -157,3 +157,41 @@ class TestSettings:
         found = settings(config, {"SHIMMY_MODEL_PATHS": "/b::/c"})
         assert [str(path) for path in found.roots] == ["/a", "/b", "/c"]
         assert settings(Config(), {}).roots == ()
+
+    @pytest.mark.parametrize(
+        ("owner", "name", "value"),
+        [
+            ("ShimmyEngine", "weights", {"ann": float("nan")}),
+            ("ShimmyEngine", "weights", {"ann": 0}),
+            ("ShimmyEngine", "threads", 100_000),
+            ("ShimmyEngine", "isolation", "container"),
+            ("ShimmyEngine", "public_prefixes", ["\ud800"]),
+            ("ShimmyEngine", "nice", -5),
+            ("ShimmyEngine", "saved_kv", -1),
+            ("ShimmyLimits", "max_seconds", float("nan")),
+            ("ShimmyLimits", "max_seconds", 0),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused_by_name(
+        self, owner: str, name: str, value: object
+    ) -> None:
+        from traitlets import TraitError
+        from traitlets.config import Config
+
+        with pytest.raises(TraitError, match=name):
+            settings(Config({owner: {name: value}}), {})
+
+    def test_sharing_and_isolation_arrive(self) -> None:
+        from traitlets.config import Config
+
+        engine = {
+            "weights": {"ann": 2.5},
+            "isolation": "process",
+            "public_prefixes": ["You are a tutor."],
+            "saved_kv": 0,
+            "nice": 3,
+        }
+        found = settings(Config({"ShimmyEngine": engine, "ShimmyLimits": {"max_seconds": 9.5}}), {})
+        assert (found.weights, found.isolation, found.nice) == ({"ann": 2.5}, "process", 3)
+        assert (found.public_prefixes, found.saved_kv_bytes) == (("You are a tutor.",), 0)
+        assert found.max_seconds == 9.5

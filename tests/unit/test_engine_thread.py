@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from shimmy_jupyter.core.messages import OpenSlot, Sampled, Step
-from shimmy_jupyter.engine.backend import LoadSpec
+from shimmy_jupyter.engine.backend import LoadSpec, Sharing, StepResult
 from shimmy_jupyter.engine.fake import FakeBackend
+from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.engine.stream import TokenStream
 from shimmy_jupyter.engine.worker import Engine
 from shimmy_jupyter.errors import EngineCrashed, ModelLoadFailed, ShimmyError, ShuttingDown
-from shimmy_jupyter.types import FinishReason, ModelFacts, Sampling
+from shimmy_jupyter.types import Failure, FinishReason, ModelFacts, Sampling
 
 PROMPT = tuple(b">x")
 SPEC = LoadSpec(path="", sequences=4)
@@ -224,3 +226,64 @@ def test_a_loop_that_is_gone_frees_its_sequences() -> None:
 
     asyncio.run(others_are_served())
     assert engine.active == 0
+
+
+class TestBadBackends:
+    """What a backend says is not believed: another process may be behind it."""
+
+    async def test_facts_that_cannot_be(self) -> None:
+        class Odd(FakeBackend):
+            def load(self, spec: LoadSpec) -> ModelFacts:
+                return replace(super().load(spec), kv_bytes_per_token=0)
+
+        backend = Odd()
+        engine = Engine(backend, SPEC)
+        with pytest.raises(ModelLoadFailed, match="server's log"):
+            await engine.start()
+        await engine.stop()
+        assert not backend.loaded
+
+    async def test_steps_aborted_for_ever(self) -> None:
+        class Lazy(FakeBackend):
+            def step(self, step: Any, threads: int, limit: float | None = None) -> StepResult:
+                return StepResult((), 0.0, aborted=True)
+
+        engine = await started(Lazy())
+        with pytest.raises(EngineCrashed, match="again and again"):
+            await text(submit(engine))
+        await engine.stop()
+
+    async def test_the_scheduler_fails_and_everybody_hears_of_it(self) -> None:
+        gate = threading.Semaphore(0)
+        engine = await started(FakeBackend(words(3), gate=gate))
+        streams = [submit(engine) for _ in range(3)]
+
+        def fails(*_: Any) -> None:
+            raise ArithmeticError
+
+        while not engine._stepping:
+            await asyncio.sleep(0)
+        engine.scheduler.handle = fails  # type: ignore[method-assign]
+        gate.release()
+        for stream in streams:
+            with pytest.raises(EngineCrashed):
+                await text(stream)
+        await engine.stop()
+
+    async def test_a_prefix_that_does_not_tokenize_leaves_no_engine(self) -> None:
+        class Dumb(FakeBackend):
+            def tokenize(self, text: str) -> tuple[int, ...]:
+                raise EngineCrashed("no words")
+
+        backend = Dumb()
+        with pytest.raises(EngineCrashed):
+            await LoadedModel.load(lambda: backend, SPEC, sharing=Sharing(public=("x",)))
+        assert not backend.loaded
+
+
+async def test_a_lost_engine_takes_no_more() -> None:
+    engine = await started(FakeBackend(words(3)))
+    engine.lose(Failure("engine_crashed", "gone"))
+    with pytest.raises(EngineCrashed, match="gone"):
+        submit(engine)
+    await engine.stop()
