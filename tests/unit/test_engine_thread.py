@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from shimmy_jupyter.core.messages import OpenSlot, Sampled, Step
+from shimmy_jupyter.core.messages import SlotChange, Step
 from shimmy_jupyter.engine.backend import LoadSpec, Sharing, StepResult
 from shimmy_jupyter.engine.fake import FakeBackend
 from shimmy_jupyter.engine.model import LoadedModel
@@ -121,21 +121,17 @@ class Broken(FakeBackend):
             if self.left <= 0:
                 raise MemoryError(call)
 
-    def open(self, slot: OpenSlot) -> None:
-        self._maybe("open")
-        super().open(slot)
+    def apply(self, change: SlotChange) -> None:
+        self._maybe(type(change).__name__)
+        super().apply(change)
 
-    def step(self, step: Step) -> tuple[Sampled, ...]:
+    def step(self, step: Step, threads: int, limit: float | None = None) -> StepResult:
         self._maybe("step")
-        return super().step(step)
-
-    def close(self, slot: int) -> None:
-        self._maybe("close")
-        super().close(slot)
+        return super().step(step, threads, limit)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-@pytest.mark.parametrize("call", ["open", "step", "close"])
+@pytest.mark.parametrize("call", ["OpenSlot", "step", "CloseSlot"])
 async def test_whatever_breaks_every_stream_ends(call: str, at: int) -> None:
     engine = await started(Broken(call, at))
     streams = [submit(engine) for _ in range(8)]
@@ -144,6 +140,7 @@ async def test_whatever_breaks_every_stream_ends(call: str, at: int) -> None:
     )
     failed = [end for end in ends if isinstance(end, BaseException)]
     assert failed
+    assert engine.backend.left <= 0  # type: ignore[attr-defined]
     assert all(isinstance(end, EngineCrashed) for end in failed), failed
     assert engine.active == 0
     assert engine.failure is not None
