@@ -93,7 +93,11 @@ class Line:
             if self.room.refuses(queue[0]) is None and not self._awaits(queue[0])
         }
         self.counters.wait(heads)
-        in_order = sorted(heads.values(), key=lambda s: (self.counters[s.principal], s.id))
+        # A newcomer starts level with those who wait, and goes before those who have something.
+        in_order = sorted(
+            heads.values(),
+            key=lambda s: (self.counters[s.principal], self.room.count(s.principal), s.id),
+        )
         for at, sequence in enumerate(in_order):
             if self.room.lacks(sequence) is None and self._may_pass(sequence, in_order[:at]):
                 self._passed = in_order[:at]

@@ -97,9 +97,8 @@ class Planner:
         begun.sort(key=lambda s: (counters[s.principal], s.id), reverse=True)
         while total < room:
             fresh = self._line.first()
-            if fresh is not None and begun:
-                served, waits = begun[-1].principal, fresh.principal
-                fresh = fresh if counters[waits] < counters[served] else None
+            if fresh is not None and begun and self._claim(fresh) >= self._claim(begun[-1]):
+                fresh = None
             sequence = fresh or (begun[-1] if begun else None)
             if sequence is None or not (
                 not total or together or total + sequence.prompt_left < TILE
@@ -113,6 +112,11 @@ class Planner:
             row = self._prompt_row(sequence, room - total)
             total += len(row.tokens)
             yield row
+
+    def _claim(self, sequence: Sequence) -> tuple[float, int]:
+        """Lower goes first: who was served least, and of equals who has the least running."""
+        who = sequence.principal
+        return self._line.counters[who], self._line.room.count(who)
 
     def _prompt_row(self, sequence: Sequence, room: int) -> m.Row:
         take = min(sequence.prompt_left, room)

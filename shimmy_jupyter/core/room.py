@@ -54,6 +54,10 @@ class Room:
             return "your running requests have as much of the KV cache as one may have now"
         return None
 
+    def count(self, principal: str) -> int:
+        """Its running sequences."""
+        return self._theirs.get(principal, (0, 0))[0]
+
     def lacks(self, sequence: Sequence) -> str | None:
         """What is not free that the sequence needs, though everything kept were dropped."""
         if len(self.running) >= self._limit:
@@ -83,13 +87,13 @@ class Room:
             sequence.cached = sequence.reused = match.tokens
             out += self._fill(sequence.slot, match)
         self.running[sequence.slot] = sequence
-        self._count(sequence, 1)
+        self._account(sequence, 1)
         return out
 
     def release(self, sequence: Sequence, *, keep: bool) -> m.CloseSlot:
         """Take a sequence's slot and room back, keeping what is worth it."""
         del self.running[sequence.slot]
-        self._count(sequence, -1)
+        self._account(sequence, -1)
         size = sequence.cached if keep and sequence.cached >= MIN_SHARED else 0
         if size:
             self.prefixes.keep(sequence.slot, sequence.principal, sequence.computed())
@@ -97,7 +101,7 @@ class Room:
             self.free_slots.append(sequence.slot)
         return m.CloseSlot(sequence.slot, size)
 
-    def _count(self, sequence: Sequence, sign: int) -> None:
+    def _account(self, sequence: Sequence, sign: int) -> None:
         self.reserved_tokens += sign * sequence.reserved
         count, tokens = self._theirs.pop(sequence.principal, (0, 0))
         if count + sign:

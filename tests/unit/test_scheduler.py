@@ -230,6 +230,45 @@ class TestShares:
         d.handle(submitted(99, prompt=5, who="few"))
         assert 99 in d.plan() or (d.decode() and 99 in d.plan())
 
+    @pytest.mark.parametrize("token_seconds", [0.0001, 0.004])
+    def test_one_who_asks_now_and_then_waits_for_two_slices_and_a_step(
+        self, token_seconds: float
+    ) -> None:
+        """Beside one with 50 requests: whatever the engine is at when the request comes, its prompt of
+        one slice is read after the step in progress and at most one more.
+        """
+        d = Driver(replace(LARGE, slots=80, kv_tokens=65536, sequences=32))
+
+        def step() -> set[int]:
+            rows = d.plan()
+            tokens = sum(len(row.tokens) for row in rows.values())
+            said = d.decode(0.02 + token_seconds * tokens)
+            return {i.id for i in said if isinstance(i, m.Emit)}
+
+        count = 0
+
+        def keep_fifty_waiting() -> None:
+            nonlocal count
+            while len(d.scheduler.line) < 40:
+                count += 1
+                prompt = tuple(range(1000 * count, 1000 * count + 20 + 37 * count % 400))
+                d.handle(m.Submitted(count, "many", prompt, 40, GREEDY))
+
+        for visit in range(40):
+            for _ in range(3 + visit % 5):
+                keep_fifty_waiting()
+                step()
+            keep_fifty_waiting()
+            rows = d.plan()
+            id = 100_000 + visit
+            prompt = tuple(range(-100 * visit - 20, -100 * visit))
+            d.handle(m.Submitted(id, "few", prompt, 2, GREEDY))
+            d.decode(0.02 + token_seconds * sum(len(row.tokens) for row in rows.values()))
+            waited = 1
+            while id not in step():
+                waited += 1
+            assert waited <= 2
+
     def test_nor_does_one_take_all_of_the_cache(self) -> None:
         d = Driver(replace(LARGE, kv_tokens=4096))
         for id in range(1, 9):
