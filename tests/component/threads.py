@@ -15,7 +15,7 @@ from shimmy_jupyter.engine.child import serve
 class ThreadProcess:
     """As much of `subprocess.Popen` as a supervised child needs."""
 
-    pid = None
+    pid = 1
 
     def __init__(self, make: Callable[[], Backend], descriptors: list[int]) -> None:
         self._ends = [socket.socket(fileno=os.dup(fd)) for fd in descriptors]
