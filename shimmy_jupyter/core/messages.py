@@ -35,7 +35,7 @@ class Capacity:
     sequences: int = 32
     patience: float = 60.0
     step_seconds: float = 0.165
-    prompt_seconds: float = 0.5
+    prompt_seconds: float = 1.0
     can_copy: bool = True
     can_trim: bool = True
     saved_tokens: int = 0
