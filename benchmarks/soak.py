@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -128,9 +129,12 @@ class Soak:
         self._model = model
         self._random = Random(seed)
         self._kills = kills
-        self._ends: Counter[TokenStream] = Counter()
-        self._streams: list[TokenStream] = []
-        self._engines: set[Engine] = set()
+        self._ends: Counter[int] = Counter()
+        # Weakly: what the soak itself holds on to would look like a leak.
+        self._streams: weakref.WeakSet[TokenStream] = weakref.WeakSet()
+        self._serials: weakref.WeakKeyDictionary[TokenStream, int] = weakref.WeakKeyDictionary()
+        self._started = 0
+        self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._shared = [prompts.text(120 + 40 * i, f"shared {seed} {i}") for i in range(6)]
         self._tasks: set[asyncio.Task[None]] = set()
         self._end_came = asyncio.Event()
@@ -230,7 +234,8 @@ class Soak:
         async with await self.service.start(plan.request) as completion:
             stream = completion.stream
             if stream is not None:
-                self._streams.append(stream)
+                self._streams.add(stream)
+                self._serial(stream)
                 assert isinstance(stream._upstream, Engine)
                 self._engines.add(stream._upstream)
             while await completion.read():
@@ -239,13 +244,19 @@ class Soak:
 
     # Accounting
 
+    def _serial(self, stream: TokenStream) -> int:
+        if stream not in self._serials:
+            self._started += 1
+            self._serials[stream] = self._started
+        return self._serials[stream]
+
     @contextlib.contextmanager
     def _counting_ends(self) -> Iterator[None]:
         original = TokenStream.deliver
 
         def deliver(stream: TokenStream, item: Any) -> None:
             if isinstance(item, Ended):
-                self._ends[stream] += 1
+                self._ends[self._serial(stream)] += 1
                 self._end_came.set()
             original(stream, item)
 
@@ -259,7 +270,7 @@ class Soak:
         """What was cancelled ends within the step in progress."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(30):
-                while any(stream.ended is None for stream in self._streams):
+                while any(stream.ended is None for stream in list(self._streams)):
                     self._end_came.clear()
                     await self._end_came.wait()
 
@@ -270,11 +281,11 @@ class Soak:
             say(f"ended as nothing should: {unknown}")
         if report.outcomes.total() != report.started:
             say(f"{report.started} requests, {report.outcomes.total()} outcomes")
-        wrong = Counter(self._ends[stream] for stream in self._streams)
+        wrong = Counter(self._ends[serial] for serial in range(1, self._started + 1))
         wrong.pop(1, None)
         if wrong:
             say(f"streams by how often they ended: {dict(wrong)}")
-        for engine in self._engines:
+        for engine in list(self._engines):
             scheduler = engine.scheduler
             try:
                 scheduler.check_invariants()
