@@ -60,9 +60,9 @@ class Events(RequestHandler):
         await bench.everybody_is_here()
         stream = bench.model.submit("local", (62, 120), STEPS, Sampling(), ())
         writer = answers.EventWriter(answers.CHAT, bench.parsed, 0)
+        await self.flush()
         async for data in writer.events(Completion(bench.parsed.request, 2, stream)):
-            self.write(data)
-            await self.flush()
+            await self.request.connection.write(data)
             bench.flushed(data)
 
 

@@ -9,6 +9,9 @@ closed   `clients` of them, each asking again when it is answered; for `seconds`
 open     Poisson arrivals at `rate` a second for `seconds`, and `drain` seconds for the rest
 beside   `clients` long streams, and once they run, a long prompt; until it is answered
 warm     a prompt, and when it is answered, another with the same beginning
+
+While a job runs it only notes what came when: a client that parsed every token would take the
+processor from the engine that it measures. What the bytes say is worked out when all is over.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ import prompts
 
 TICK = 0.05
 RUNNING = 8
-"""A stream with so many tokens is past its beginning."""
+"""A stream that came in so many pieces is past its beginning."""
+DONE = b"[DONE]"
 
 
 class Events:
@@ -74,17 +78,44 @@ class Request:
     kind: str
     sent: float
     connection: socket.socket
-    events: Events = field(default_factory=Events)
-    times: list[float] = field(default_factory=list)
     ended: float | None = None
-    error: str | None = None
-    counts: dict[str, Any] = field(default_factory=dict)
+    received: list[tuple[float, bytes]] = field(default_factory=list)
+    _tail: bytes = b""
 
     def take(self, data: bytes, now: float) -> bool:
         """Whether the answer is over."""
-        for event in self.events.feed(data):
-            if event == b"[DONE]":
-                return True
+        self.received.append((now, data))
+        recent = self._tail + data
+        self._tail = recent[-len(DONE) :]
+        return not data or DONE in recent
+
+    def facts(self) -> dict[str, Any]:
+        answer = Answer()
+        for now, data in self.received:
+            answer.take(data, now)
+        return {
+            "kind": self.kind,
+            "sent": round(self.sent, 5),
+            "ended": self.ended and round(self.ended, 5),
+            "times": [round(moment, 5) for moment in answer.times],
+            "error": answer.error,
+            **answer.counts,
+        }
+
+
+class Answer:
+    """What a response's bytes say."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.error: str | None = None
+        self.counts: dict[str, Any] = {}
+        self._events = Events()
+
+    def take(self, data: bytes, now: float) -> None:
+        for event in self._events.feed(data):
+            if event == DONE:
+                continue
             content = json.loads(event)
             if "error" in content:
                 self.error = str(content["error"])[:300]
@@ -92,19 +123,8 @@ class Request:
                 # Every token is one letter and a number, however the server groups them.
                 self.times += [now] * sum(map(str.isalpha, choice["text"]))
             self.counts |= _counts(content)
-        if not data and (self.events.status != 200 or not self.times):
-            self.error = f"{self.events.status}: {self.events.body[:300]!r}"
-        return not data
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "sent": round(self.sent, 5),
-            "ended": self.ended and round(self.ended, 5),
-            "times": [round(moment, 5) for moment in self.times],
-            "error": self.error,
-            **self.counts,
-        }
+        if not data and (self._events.status != 200 or not self.times):
+            self.error = f"{self._events.status}: {self._events.body[:300]!r}"
 
 
 def _counts(content: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +237,7 @@ def open_(load: Load) -> Iterator[float]:
 def beside(load: Load) -> Iterator[float]:
     job = load.job
     streams = [load.ask("stream") for _ in range(job["clients"])]
-    while any(len(s.times) < RUNNING and s.ended is None for s in streams):
+    while any(len(s.received) < RUNNING and s.ended is None for s in streams):
         yield TICK
     quiet_until = load.now() + job["quiet"]
     while load.now() < quiet_until:

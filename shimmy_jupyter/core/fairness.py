@@ -30,10 +30,13 @@ class Counters:
     def __getitem__(self, principal: str) -> float:
         return self._counters.get(principal, self._floor)
 
+    def weight(self, principal: str) -> float:
+        return self._weights.get(principal, 1.0)
+
     def charge(self, principal: str, prompt: int = 0, completion: int = 0) -> None:
         """Count tokens as served; negative numbers give back what was charged and not done."""
         cost = prompt * PROMPT_COST + completion * COMPLETION_COST
-        self._counters[principal] = self[principal] + cost / self._weights.get(principal, 1.0)
+        self._counters[principal] = self[principal] + cost / self.weight(principal)
 
     def wait(self, principals: Iterable[str]) -> None:
         """Say who waits now; those who did not before are lifted."""

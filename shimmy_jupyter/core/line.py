@@ -53,6 +53,11 @@ class Line:
         queues = [*self._queues.values(), *self._private_queues.values()]
         return [sequence for queue in queues for sequence in queue]
 
+    def could_begin(self) -> int:
+        """Of those who wait, as many as there are places in the batch."""
+        queued = sum(map(len, self._queues.values()))
+        return min(queued, self.room.limit - len(self.room.running))
+
     def is_full(self, principal: str) -> bool:
         """Whether one more of this principal's would leave too little for others."""
         lanes = (self._queues, self._private_queues)
@@ -115,7 +120,7 @@ class Line:
             waits.passed += sequence.reserved
         self._take(self._queues, sequence, now)
         out += self.room.place(sequence)
-        self._charge_prompt(sequence, sequence.prompt_left)
+        self.charge_prompt(sequence, sequence.prompt_left)
         out.append(_opening(sequence))
 
     def admit_private(self, now: float, out: list[m.Instruction]) -> Sequence | None:
@@ -129,10 +134,16 @@ class Line:
             self._take(self._private_queues, sequence, now)
             sequence.slot = self.capacity.private_slot
             self.private = sequence
-            self._charge_prompt(sequence, len(sequence.prompt))
-            self.spend(sequence, _OPENING_COST)
+            self.charge_prompt(sequence, len(sequence.prompt))
+            self.charge_prompt(sequence, _OPENING_COST)
             out.append(_opening(sequence, sequence.reserved))
         return self.private
+
+    def others(self) -> float:
+        """Weights of those who share the engine with the reproducible sequence, by its principal's."""
+        who = {sequence.principal for sequence in self.room.running.values()}
+        own = self.counters.weight(self.private.principal) if self.private is not None else 1.0
+        return sum(map(self.counters.weight, who)) / own
 
     def charge(self, completions: Mapping[str, int], *, private: bool) -> None:
         """Count what a step has generated, by principal."""
@@ -141,18 +152,15 @@ class Line:
             if private:
                 self._private_counters.charge(principal, completion=count)
 
-    def spend(self, sequence: Sequence, prompt: int) -> None:
-        """Count work that was done for it and is lost."""
-        self._charge_prompt(sequence, prompt)
-
-    def _charge_prompt(self, sequence: Sequence, tokens: int) -> None:
+    def charge_prompt(self, sequence: Sequence, tokens: int) -> None:
+        """Count tokens of its prompt, or work worth as many; a negative number gives back."""
         self.counters.charge(sequence.principal, tokens)
         if sequence.reproducible:
             self._private_counters.charge(sequence.principal, tokens)
 
     def release(self, sequence: Sequence, *, keep: bool) -> m.CloseSlot:
         """Take back what a running sequence has. Of its prompt, what was not done is not charged."""
-        self._charge_prompt(sequence, -sequence.prompt_left)
+        self.charge_prompt(sequence, -sequence.prompt_left)
         if sequence is self.private:
             self.private = None
             return m.CloseSlot(sequence.slot)

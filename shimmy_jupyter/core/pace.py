@@ -2,7 +2,8 @@
 
 Two questions. How many sequences to decode together: with few rows a quantised model can be slower
 than with one, so the rate of each number is measured. How much of a prompt to decode beside them: as
-much as keeps a step within its time, but at least a third of it.
+much as keeps a step within its time. Where the rows leave little of that, those who wait for their
+first token and those who wait for their next one share the step by their numbers.
 """
 
 from __future__ import annotations
@@ -15,10 +16,18 @@ _FEW = 8
 _REFRESH = 64
 """Decode steps after which a time that was not measured again is tried once more."""
 _HYSTERESIS = 1.05
+_MARGINAL = 0.4
+"""What a further row adds to the time of one, until a second number of rows has been seen."""
+_FRESH = 512
+"""Steps for which a time of rows alone is trusted more than what prompts are said to take."""
 _LEAST = 8
 """Tokens of a prompt that go into a step in any case."""
 _PROMPT_SHARE = 0.5
 """Of the time of the rows beside it: what a prompt gets at least."""
+_FIRST = 2
+"""Who waits for a first token counts as so many who wait for their next one."""
+_STRETCH = 2
+"""Where many wait for a first token, a step may take so many times its usual time."""
 
 
 class _Line:
@@ -42,6 +51,9 @@ class _Line:
     def tokens(self, seconds: float) -> int:
         return int(max(0.0, seconds - self.base) / self.slope)
 
+    def seconds(self, tokens: int) -> float:
+        return self.base + self.slope * tokens
+
 
 class Pace:
     """Measured seconds: of decode steps by their rows, and of slices of prompts by their tokens.
@@ -59,24 +71,34 @@ class Pace:
         self._guess = guess
         self._slices: dict[int, _Line] = {}
         self._decode: dict[int, dict[int, tuple[float, int]]] = {}
+        self._beside: dict[int, dict[int, float]] = {}
+        """Seconds of so many rows, also where they were only ever seen beside prompts."""
         self._threads = 1
         self._steps = 0
 
     def observe(self, rows: int, prompt: int, seconds: float, threads: int) -> None:
         """A step of `rows` decoding sequences and `prompt` tokens of prompts."""
         self._threads = threads
+        self._steps += 1
         seconds = max(seconds, 1e-7)
+        times = self._decode.setdefault(threads, {})
+        known = times.get(rows)
         if not prompt:
-            self._steps += 1
-            times = self._decode.setdefault(threads, {})
-            known = times.get(rows)
             mean = seconds if known is None else known[0] + _SMOOTHING * (seconds - known[0])
             times[rows] = (mean, self._steps)
+            self._beside.setdefault(threads, {})[rows] = mean
             return
-        beside = self._time(rows) or 0.0
-        # Never free: a step that was quicker than its rows alone tells of noise.
+        line = self._slices.get(threads)
+        if line is not None and rows and (known is None or self._steps - known[1] > _FRESH):
+            # What is known less well takes the blame.
+            alone = max(seconds - line.seconds(prompt), 0.2 * seconds)
+            before = self._time(rows)
+            mean = alone if before is None else before + _SMOOTHING * (alone - before)
+            self._beside.setdefault(threads, {})[rows] = mean
+            return
         line = self._slices.setdefault(threads, _Line(self._guess))
-        line.add(prompt, max(seconds - beside, 0.2 * seconds))
+        # Never free: a step that was quicker than its rows alone tells of noise.
+        line.add(prompt, max(seconds - (self._time(rows) or 0.0), 0.2 * seconds))
 
     def rows(self, ready: int) -> int:
         """How many of the sequences that are ready to decode together now."""
@@ -94,20 +116,32 @@ class Pace:
                 best = candidate
         return best
 
-    def prompt_tokens(self, rows: int) -> int:
-        """Tokens of prompts that may go beside so many decoding sequences."""
+    def prompt_tokens(self, rows: int, waiting: int = 1) -> int:
+        """Tokens of prompts that may go beside `rows` decoding sequences while `waiting` others could
+        have had their first token.
+        """
         if not rows:
             room = self._prompt_seconds
         else:
             beside = self._time(rows) or 0.0
-            room = max(self._step_seconds - beside, _PROMPT_SHARE * beside)
+            room = max(
+                self._step_seconds - beside,
+                min(_FIRST * waiting / rows * beside, _STRETCH * self._step_seconds - beside),
+                _PROMPT_SHARE * beside,
+            )
         line = self._slices.get(self._threads)
         tokens = line.tokens(room) if line is not None else int(room / self._guess)
         return min(max(tokens, _LEAST), self._batch_tokens - rows)
 
     def _time(self, rows: int) -> float | None:
-        """Of a step with so many rows, from the nearest number that has been measured."""
-        times = self._decode.get(self._threads) or next(iter(self._decode.values()), None)
+        """Of a step with so many rows, on a straight line through the nearest known numbers."""
+        times = self._beside.get(self._threads) or next(iter(self._beside.values()), None)
         if not rows or not times:
             return None
-        return times[min(times, key=lambda known: abs(known - rows))][0]
+        if rows in times:
+            return times[rows]
+        a, *rest = sorted(times, key=lambda known: abs(known - rows))
+        slope = _MARGINAL * times[a] / a
+        if rest:
+            slope = max(0.0, (times[rest[0]] - times[a]) / (rest[0] - a))
+        return max(times[a] + slope * (rows - a), 0.1 * times[a])

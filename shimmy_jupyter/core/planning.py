@@ -3,8 +3,8 @@
 Sequences that decode go first, as many as the model's measured rate asks for, and prompts go beside
 them in slices that keep the step within its time. Where that time does not bind, as a whole batch of
 prompt is quick, decoding and prompts take turns instead: a prompt then keeps to calls of its own,
-which keeps company from changing what is computed. A reproducible sequence's steps take turns with
-everybody else's.
+which keeps company from changing what is computed. A reproducible sequence has steps of its own, and
+of the engine's time no more than each of those who share the others.
 """
 
 from __future__ import annotations
@@ -35,14 +35,26 @@ class Planner:
         self._turn = 0
         self._last_was_private = False
         self._last_was_prompt = False
+        self._owed = 0.0
+        """Seconds of steps for everybody else before the next one of the reproducible sequence."""
+
+    def took(self, seconds: float, *, private: bool) -> None:
+        """A step's time, for the reproducible sequence's share."""
+        if private:
+            self._owed += seconds * self._line.others()
+        else:
+            # What is paid too much counts for the next time, but idleness saves up nothing.
+            self._owed = max(-seconds, self._owed - seconds)
 
     def rows(self, now: float, out: list[m.Instruction]) -> list[m.Row]:
         """The next step's rows, none where there is nothing to do; `out` gets what comes before."""
-        if self._last_was_private:
+        if self._last_was_private or self._owed > 0:
             rows = self._shared(now, out)
             if rows:
                 self._last_was_private = False
                 return rows
+        # Whoever is alone owes nobody anything.
+        self._owed = min(self._owed, 0.0)
         private = self._private(now, out)
         if private:
             self._last_was_private = True
@@ -64,7 +76,8 @@ class Planner:
     def _shared(self, now: float, out: list[m.Instruction]) -> list[m.Row]:
         running = self._line.room.running.values()
         ready = [s for s in running if s.state is State.DECODE]
-        room = self._pace.prompt_tokens(len(ready))
+        reading = sum(s.state is State.PREFILL for s in running)
+        room = self._pace.prompt_tokens(len(ready), reading + self._line.could_begin())
         binds = room < self._capacity.batch_tokens - len(ready)
         if ready and not binds and self._last_was_prompt:
             prompts: list[m.Row] = []

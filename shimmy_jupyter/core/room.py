@@ -36,7 +36,7 @@ class Room:
         self.reserved_tokens = 0
         self._theirs: dict[str, tuple[int, int]] = {}
         """Running sequences of each principal that has any, and what they have reserved."""
-        self._limit = min(capacity.slots, running_limit(capacity.sequences))
+        self.limit = min(capacity.slots, running_limit(capacity.sequences))
 
     # Questions
 
@@ -46,7 +46,7 @@ class Room:
         if theirs is None:
             return None
         count, tokens = theirs
-        free = self._limit - len(self.running)
+        free = self.limit - len(self.running)
         if count >= min(self.capacity.sequences, _SLOT_SHARE * free):
             return f"{count} requests of yours are running, as many as one may have now"
         left = self.capacity.kv_tokens - self.reserved_tokens - sequence.reserved
@@ -60,7 +60,7 @@ class Room:
 
     def lacks(self, sequence: Sequence) -> str | None:
         """What is not free that the sequence needs, though everything kept were dropped."""
-        if len(self.running) >= self._limit:
+        if len(self.running) >= self.limit:
             return "all places in the batch are taken"
         if self.reserved_tokens + sequence.reserved > self.capacity.kv_tokens:
             return "the KV cache has no room for its prompt and max_tokens yet"
@@ -173,7 +173,7 @@ class Room:
         cap = self.capacity
         slots = [*self.running, *self.prefixes.kept, *self.free_slots]
         assert sorted(slots) == list(range(cap.slots))
-        assert len(self.running) <= self._limit
+        assert len(self.running) <= self.limit
         assert self.reserved_tokens == sum(s.reserved for s in self.running.values())
         assert self.reserved_tokens + self.prefixes.kept_tokens <= cap.kv_tokens
         assert self.prefixes.saved_tokens <= cap.saved_tokens

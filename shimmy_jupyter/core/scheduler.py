@@ -157,6 +157,8 @@ class Scheduler:
     def _stepped(self, event: m.Stepped, now: float) -> list[m.Instruction]:
         rows, by_slot = self._take_step(), self._by_slot()
         sampled = {s.slot: s for s in event.sampled}
+        private = bool(rows) and rows[0].slot == self.capacity.private_slot
+        self._planner.took(event.seconds, private=private)
         instructions: list[m.Instruction] = []
         completions: dict[str, int] = {}
         prompt = decoding = 0
@@ -174,7 +176,6 @@ class Scheduler:
                 who = sequence.principal
                 completions[who] = completions.get(who, 0) + 1
                 self._token(sequence, sampled[row.slot], now, instructions)
-        private = bool(rows) and rows[0].slot == self.capacity.private_slot
         self.line.charge(completions, private=private)
         if event.seconds and not private:
             self.pace.observe(decoding, prompt, event.seconds, event.threads)
@@ -188,7 +189,7 @@ class Scheduler:
             sequence.in_step = False
             if sequence.state is State.CANCELLING:
                 # Its time was taken, or giving up amid one's own prompt would cost nothing.
-                self.line.spend(sequence, len(row.tokens))
+                self.line.charge_prompt(sequence, len(row.tokens))
                 instructions += self._end_unwanted(sequence, now)
             elif sequence.state is State.DECODE and sequence.reader_full:
                 sequence.state = State.PAUSED

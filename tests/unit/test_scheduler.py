@@ -174,6 +174,25 @@ def test_a_prompt_gets_a_third_of_the_time_beside_many() -> None:
     assert 0.15 <= 0.01 * size <= 0.25
 
 
+def test_where_many_wait_for_a_first_token_slices_are_thicker_for_a_while() -> None:
+    """A token takes 10 ms as a row, 5 ms in a prompt; and nothing else is ever measured alone."""
+    d = Driver(replace(LARGE, step_seconds=0.1, prompt_seconds=0.1))
+    for id in range(1, 9):
+        d.handle(m.Submitted(id, "p", tuple(range(100 * id, 100 * id + 40)), 60, GREEDY))
+    times: dict[int, list[float]] = {}
+    while any(s.state in (State.QUEUED, State.PREFILL) for s in d.scheduler.sequences.values()):
+        rows = d.plan().values()
+        decoding = sum(row.start >= 40 for row in rows)
+        prompt = sum(len(row.tokens) for row in rows) - decoding
+        seconds = 0.01 * decoding + 0.005 * prompt
+        times.setdefault(decoding, []).append(seconds)
+        d.decode(seconds)
+    assert max(map(max, times.values())) <= 2 * 0.1 + 0.01
+    # As long as more wait than decode: more than the usual step. One beside seven: no more.
+    assert max(max(times[rows]) for rows in times if rows <= 3) > 0.15
+    assert times[7][-1] <= 0.12
+
+
 def test_with_few_rows_the_faster_number_is_decoded() -> None:
     """Two rows that take more than twice as long as one are decoded in turns."""
     d = Driver(LARGE)
@@ -462,6 +481,39 @@ class TestReproducible:
             order += list(d.plan())
             d.decode()
         assert order == [1, 2] * 10
+
+    @pytest.mark.parametrize(
+        ("weights", "share"), [({}, 1 / 5), ({"p": 2.0}, 0.03 / 0.13), ({"p0": 4.0}, 1 / 8)]
+    )
+    def test_of_the_time_it_has_no_more_than_each_of_the_others(
+        self, weights: dict[str, float], share: float
+    ) -> None:
+        """Whatever its weight, its steps at most take turns with the others'."""
+        d = Driver(replace(LARGE, weights=weights))
+        d.handle(submitted(1, prompt=10, max_tokens=500, reproducible=True))
+        for n in range(4):
+            d.handle(submitted(2 + n, prompt=10, max_tokens=900, who=f"p{n}"))
+        spent = {True: 0.0, False: 0.0}
+        for _ in range(500):
+            private = 1 in d.plan()
+            seconds = 0.03 if private else 0.1
+            spent[private] += seconds
+            d.decode(seconds)
+        assert spent[True] / sum(spent.values()) == pytest.approx(share, rel=0.02)
+        assert len(d.scheduler.running) == 5
+
+    def test_alone_again_it_owes_nothing(self) -> None:
+        d = Driver(LARGE)
+        d.handle(submitted(1, prompt=10, max_tokens=50, reproducible=True))
+        d.handle(submitted(2, prompt=10, max_tokens=50, who="q"))
+        d.plan(), d.decode(0.1)
+        d.plan(), d.decode(0.1)
+        assert list(d.plan()) == [1]
+        d.decode(1000.0)
+        assert list(d.plan()) == [2]
+        d.handle(m.CancelRequested(2))
+        d.decode(0.1)
+        assert list(d.plan()) == [1]
 
     def test_one_at_a_time_and_nothing_is_reused(self) -> None:
         d = Driver(LARGE)
