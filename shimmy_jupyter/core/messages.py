@@ -34,7 +34,7 @@ class Capacity:
     queue: int
     sequences: int = 32
     patience: float = 60.0
-    step_seconds: float = 0.165
+    step_seconds: float = 0.15
     prompt_seconds: float = 1.0
     can_copy: bool = True
     can_trim: bool = True

@@ -4,10 +4,16 @@ Two questions. How many sequences to decode together: with few rows a quantised 
 than with one, so the rate of each number is measured. How much of a prompt to decode beside them: as
 much as keeps a step within its time. Where the rows leave little of that, those who wait for their
 first token and those who wait for their next one share the step by their numbers.
+
+Far into a prompt attention takes most of the time, and on a processor llama.cpp computes it in tiles
+of `TILE` rows of the batch, at half the cost of single rows, where a batch has as many. A batch that is
+no multiple of that pays for its last tile in full. So there are times of two kinds.
 """
 
 from __future__ import annotations
 
+TILE = 64
+"""From this many rows on, flash attention on a processor sums in tiles, in another order."""
 _SMOOTHING = 0.3
 _KEEP = 0.8
 """Of what older slices weigh, at each new one: contexts grow, and with them the time of a token."""
@@ -20,9 +26,9 @@ _MARGINAL = 0.4
 """What a further row adds to the time of one, until a second number of rows has been seen."""
 _FRESH = 512
 """Steps for which a time of rows alone is trusted more than what prompts are said to take."""
-_LEAST = 8
+_LEAST = 4
 """Tokens of a prompt that go into a step in any case."""
-_PROMPT_SHARE = 0.5
+_PROMPT_SHARE = 0.75
 """Of the time of the rows beside it: what a prompt gets at least."""
 _FIRST = 2
 """Who waits for a first token counts as so many who wait for their next one."""
@@ -69,7 +75,8 @@ class Pace:
         self._step_seconds = step_seconds
         self._prompt_seconds = prompt_seconds
         self._guess = guess
-        self._slices: dict[int, _Line] = {}
+        self._slices: dict[tuple[int, bool], _Line] = {}
+        """By threads, and whether the batch was large enough for tiles."""
         self._decode: dict[int, dict[int, tuple[float, int]]] = {}
         self._beside: dict[int, dict[int, float]] = {}
         """Seconds of so many rows, also where they were only ever seen beside prompts."""
@@ -88,7 +95,8 @@ class Pace:
             times[rows] = (mean, self._steps)
             self._beside.setdefault(threads, {})[rows] = mean
             return
-        line = self._slices.get(threads)
+        kind = threads, rows + prompt >= TILE
+        line = self._slices.get(kind)
         if line is not None and rows and (known is None or self._steps - known[1] > _FRESH):
             # What is known less well takes the blame.
             alone = max(seconds - line.seconds(prompt), 0.2 * seconds)
@@ -96,7 +104,7 @@ class Pace:
             mean = alone if before is None else before + _SMOOTHING * (alone - before)
             self._beside.setdefault(threads, {})[rows] = mean
             return
-        line = self._slices.setdefault(threads, _Line(self._guess))
+        line = self._slices.setdefault(kind, _Line(self._guess))
         # Never free: a step that was quicker than its rows alone tells of noise.
         line.add(prompt, max(seconds - (self._time(rows) or 0.0), 0.2 * seconds))
 
@@ -129,9 +137,20 @@ class Pace:
                 min(_FIRST * waiting / rows * beside, _STRETCH * self._step_seconds - beside),
                 _PROMPT_SHARE * beside,
             )
-        line = self._slices.get(self._threads)
-        tokens = line.tokens(room) if line is not None else int(room / self._guess)
-        return min(max(tokens, _LEAST), self._batch_tokens - rows)
+        most = self._batch_tokens - rows
+        tiled = self._fitting(room, tiled=True)
+        if not rows:
+            tiled = max(tiled, TILE)  # nobody waits for its end
+        tiled = (min(tiled, most) + rows) // TILE * TILE - rows
+        few = min(self._fitting(room, tiled=False), TILE - 1 - rows)
+        return min(max(tiled, few, _LEAST), most)
+
+    def _fitting(self, seconds: float, *, tiled: bool) -> int:
+        """Tokens that take so long. What has not been measured takes as long as the other kind."""
+        line = self._slices.get((self._threads, tiled)) or self._slices.get(
+            (self._threads, not tiled)
+        )
+        return line.tokens(seconds) if line is not None else int(seconds / self._guess)
 
     def _time(self, rows: int) -> float | None:
         """Of a step with so many rows, on a straight line through the nearest known numbers."""

@@ -13,11 +13,9 @@ from collections.abc import Callable, Iterator
 
 from . import messages as m
 from .line import Line
-from .pace import Pace
+from .pace import TILE, Pace
 from .sequence import Sequence, State
 
-TILE = 64
-"""From this many rows on, flash attention on a processor sums in tiles, in another order."""
 PRIVATE_SLICE = 32
 """Prompt tokens in a step of a reproducible sequence. Always so many: slices change sums."""
 
