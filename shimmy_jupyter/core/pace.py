@@ -28,7 +28,7 @@ _FRESH = 512
 """Steps for which a time of rows alone is trusted more than what prompts are said to take."""
 _LEAST = 4
 """Tokens of a prompt that go into a step in any case."""
-_PROMPT_SHARE = 0.75
+_PROMPT_SHARE = 1.0
 """Of the time of the rows beside it: what a prompt gets at least."""
 _FIRST = 2
 """Who waits for a first token counts as so many who wait for their next one."""

@@ -160,7 +160,7 @@ def test_slices_keep_a_step_within_its_time() -> None:
     assert all(0.12 <= 0.03 + 0.005 * size <= 0.16 for size in sizes[5:])
 
 
-def test_a_prompt_gets_three_quarters_of_the_time_of_the_rows_beside_it() -> None:
+def test_a_prompt_gets_as_much_time_as_many_rows_beside_it() -> None:
     d = Driver(replace(LARGE, step_seconds=0.15))
     for id in range(1, 5):
         d.handle(submitted(id, prompt=1, max_tokens=400))
@@ -171,7 +171,7 @@ def test_a_prompt_gets_three_quarters_of_the_time_of_the_rows_beside_it() -> Non
     for _ in range(25):
         size = len(d.plan()[9].tokens)
         d.decode(0.4 + 0.01 * size)
-    assert 0.25 <= 0.01 * size <= 0.32
+    assert 0.35 <= 0.01 * size <= 0.42
 
 
 def test_where_many_wait_for_a_first_token_slices_are_thicker_for_a_while() -> None:
