@@ -82,8 +82,10 @@ def write(
     nan: bool = False,
     add_bos: bool = False,
     pre: str = "gpt-2",
+    causal: bool = True,
 ) -> Path:
-    """Write the model; with `nan` its last norm is not a number, and so is every logit.
+    """Write the model; with `nan` its last norm is not a number, and so is every logit. One that is not
+    `causal` is for embeddings.
 
     `quantized` is "Q8_0" (or True) or "Q4_0". With `words` every sampled token (top-k) is a letter
     and a number: no answer ends by itself, all of it is ASCII, and its letters count its tokens.
@@ -103,6 +105,8 @@ def write(
     w.add_rope_dimension_count(shape.head_width)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_vocab_size(shape.vocabulary)
+    if not causal:
+        w.add_causal_attention(False)
     _add_vocabulary(w, shape.vocabulary, add_bos=add_bos, pre=pre)
     if template is not None:
         w.add_chat_template(template)

@@ -221,6 +221,10 @@ class TestLoading:
         path = random_gguf.write(tmp_path / "nan.gguf", nan=True)
         assert "not finite" in await self.refused(path)
 
+    async def test_models_that_only_embed(self, tmp_path: Path) -> None:
+        path = random_gguf.write(tmp_path / "bert.gguf", causal=False)
+        assert "only makes embeddings" in await self.refused(path)
+
     async def test_more_context_than_the_model_knows(self, random_model: Path) -> None:
         assert "knows only 2048" in await self.refused(random_model, context_size=4096)
 

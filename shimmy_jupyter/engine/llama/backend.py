@@ -81,6 +81,9 @@ class LlamaBackend:
         model = self._model
         if quick.llama_model_has_encoder(model) or not quick.llama_model_has_decoder(model):
             raise ModelLoadFailed("this model has an encoder: it cannot continue a prompt")
+        if not facts.is_causal(model):
+            # Where every token asks for an output, a long prompt would end the process.
+            raise ModelLoadFailed("this model only makes embeddings: it cannot continue a prompt")
         self._vocabulary = vocabulary = Vocabulary(model)
         self._can_trim = not (
             quick.llama_model_is_recurrent(model) or quick.llama_model_is_hybrid(model)

@@ -22,6 +22,12 @@ def metadata(model: Any) -> dict[str, str]:
     return found
 
 
+def is_causal(model: Any) -> bool:
+    """Whether a token sees only those before it; BERT and its like see all."""
+    values = metadata(model)
+    return values.get(f"{values.get('general.architecture', '')}.attention.causal") != "false"
+
+
 def kv_bytes_per_token(model: Any) -> int:
     """Keys and values of all layers, 2 bytes an element (F16, the cache's default type)."""
     values = metadata(model)
