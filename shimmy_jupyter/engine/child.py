@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import faulthandler
 import importlib
 import logging
@@ -33,6 +34,7 @@ _AGAIN = 0.01
 _GRACE = 2.0
 _CHUNK = 1 << 16
 _EXPENDABLE = "500"
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def serve(
@@ -218,6 +220,10 @@ def _keep_to_itself() -> None:
     # On Linux 1 means none at all, while 0 still pipes one to a crash reporter.
     most = 1 if sys.platform == "linux" and hard else 0
     resource.setrlimit(resource.RLIMIT_CORE, (most, most))
+    # Every prompt is tokenized by a thread of its own; each would get a heap that is never given back.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 2)
     # When memory runs out, a model can be loaded again; a notebook's variables cannot.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_EXPENDABLE)

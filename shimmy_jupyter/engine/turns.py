@@ -52,19 +52,22 @@ class Turns:
             raise
 
     def _give(self) -> None:
-        if not self._waiting:
-            self._taken = False
-            return
-        principal = next(iter(self._waiting))
-        queue = self._waiting.pop(principal)
-        place = queue.popleft()
-        self._count -= 1
-        if queue:
-            self._waiting[principal] = queue  # behind the others
-        place.set_result(None)
+        while self._waiting:
+            principal = next(iter(self._waiting))
+            queue = self._waiting.pop(principal)
+            place = queue.popleft()
+            self._count -= 1
+            if queue:
+                self._waiting[principal] = queue  # behind the others
+            if not place.done():  # whoever gave up just now has not run yet
+                place.set_result(None)
+                return
+        self._taken = False
 
     def _drop(self, principal: str, place: asyncio.Future[None]) -> None:
-        queue = self._waiting[principal]
+        queue = self._waiting.get(principal)
+        if queue is None or place not in queue:
+            return  # passed over already
         queue.remove(place)
         self._count -= 1
         if not queue:

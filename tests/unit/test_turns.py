@@ -87,3 +87,18 @@ async def test_giving_up(when: str) -> None:
     assert set(scene.order[1:]) == ({"a2", "b1"} if when == "inside" else {"b1"})
     assert not scene.turns._waiting
     assert (scene.turns._count, scene.turns._taken) == (0, False)
+
+
+@pytest.mark.parametrize("gone", [{"a2"}, {"a2", "b1"}, {"a2", "a3", "b1"}])
+async def test_whoever_gives_up_just_when_it_is_their_turn_is_passed_over(gone: set[str]) -> None:
+    scene = Scene()
+    tasks = dict(zip(["a1", "a2", "a3", "b1"], scene.start("a1 a2 a3 b1"), strict=True))
+    await settle()
+    scene.go.release()  # a1 passes its turn on before they hear of being cancelled
+    for name in gone:
+        tasks[name].cancel()
+    await scene.finish([task for name, task in tasks.items() if name not in gone])
+    assert set(scene.order) == set(tasks) - gone
+    assert all(tasks[name].cancelled() for name in gone)
+    await scene.finish(scene.start("c1"))
+    assert scene.order[-1] == "c1"
