@@ -52,14 +52,22 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-unit: $(VENV)/.test ## The core and everything that needs no server
-	$(BIN)/python -m pytest tests/unit
+# The chat templates that llama.cpp's source brings along, for tests; without it those are skipped.
+SOURCE := $(VENV)/source
+$(VENV)/.source: | $(VENV)/.test
+	-$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python \
+		--dest $(SOURCE) llama-cpp-python==0.3.36 && \
+		tar -xzf $(SOURCE)/llama_cpp_python-*.tar.gz -C $(SOURCE) --wildcards '*/models/templates/*'
+	@touch $@
+
+unit: $(VENV)/.test $(VENV)/.source ## The core and everything that needs no server
+	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) $(BIN)/python -m pytest tests/unit
 
 component: $(VENV)/.test ## A real Jupyter server, the scripted backend
 	$(BIN)/python -m pytest tests/component
 
-model: $(VENV)/.test ## The real engine, real servers, real kernels
-	$(BIN)/python -m pytest tests/model
+model: $(VENV)/.test $(VENV)/.source ## The real engine, real servers, real kernels
+	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) $(BIN)/python -m pytest tests/model
 
 notebooks: $(VENV)/.test ## The notebooks still say what they say
 	IPYTHONDIR=$(CURDIR)/tests/ipython $(BIN)/python scripts/with_server.py $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg notebooks

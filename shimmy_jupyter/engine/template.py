@@ -9,7 +9,12 @@ templates use is left.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
+import functools
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jinja2
@@ -19,6 +24,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+from markupsafe import escape
 
 from ..errors import InvalidValue
 from ..types import Message
@@ -38,6 +44,8 @@ from .metering import (
     spent,
 )
 
+VARIABLES = "chat_template_kwargs"
+"""What clients of other servers call a template's variables."""
 MAX_TEMPLATE_BYTES = 64 * 1024
 """The longest that llama.cpp ships is 17 kB; compiling takes a second at this size."""
 _METHODS = {
@@ -56,6 +64,10 @@ _FILTERS = frozenset(
     "list lower map max min reject rejectattr reverse safe select selectattr sort string title "
     "trim upper".split()
 )
+_RESERVED = frozenset(["messages", "bos_token", "eos_token"])
+_NOTHING: Mapping[str, object] = MappingProxyType({})
+_TELLING = 16
+"""A shorter text may stand in a prompt by chance."""
 _FORBIDDEN = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 # What evaluating a template's expressions can raise, beside Jinja's own errors.
 _FAILURES = (
@@ -70,6 +82,12 @@ _FAILURES = (
 )
 
 
+def _each(values: Iterable[Any] | None) -> Iterable[Any]:
+    # Templates written for tools loop over them even where there are none. llama.cpp's own
+    # renderer takes that for an empty list.
+    return each(() if values is None else values)
+
+
 def _imported(function: Callable[..., Any], *args: Any) -> nodes.Call:
     # By import path: a name could be shadowed by the template's own `set` or `macro`.
     name = nodes.ImportedName(f"{function.__module__}.{function.__name__}")
@@ -81,7 +99,7 @@ class _Meter(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
-        node.iter = _imported(each, node.iter)
+        node.iter = _imported(_each, node.iter)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
@@ -127,6 +145,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             check_product(left, right)
         if operator == "%" and isinstance(left, str):
             check_format(left, right)
+        if operator == "+":
+            # As in llama.cpp's own renderer: what is missing adds nothing to a text.
+            if isinstance(left, jinja2.Undefined) and isinstance(right, str):
+                return right
+            if isinstance(right, jinja2.Undefined) and isinstance(left, str):
+                return left
         charged(left)
         return charged(super().call_binop(context, operator, left, right))
 
@@ -144,8 +168,10 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(obj, "__self__", None)
         charged(owner)
+        # What a text's method is given, it may print.
+        pay = charged_deep if isinstance(owner, str) else charged
         for arg in (*args, *kwargs.values()):
-            charged(arg)
+            pay(arg)
         if isinstance(owner, str):
             args = checked_arguments(obj.__name__, owner, args, kwargs)
         elif isinstance(owner, dict):
@@ -188,6 +214,41 @@ def _strftime_now(format: str) -> str:
     return dt.datetime.now().astimezone().strftime(format)
 
 
+def _string(value: Any) -> str:
+    """Nothing is escaped here unless a template asks for it, so `safe` has nothing to mark."""
+    return value if type(value) is str else str(charged_deep(value))
+
+
+def _escape(value: Any) -> str:
+    return str(escape(_string(value)))  # marked as escaped, it would escape what it is added to
+
+
+def _with_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`map` and its like print what they are given for a name, where it is none."""
+
+    @functools.wraps(function)
+    def checked(context: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+        charged_deep([*args, *kwargs.values()])
+        return function(context, values, *args, **kwargs)
+
+    return checked
+
+
+def _tojson(value: Any, *args: Any, **options: Any) -> str:
+    # What `map` and `select` give, as in llama.cpp's own renderer.
+    given = list(each(value)) if isinstance(value, Iterator) else value
+    return str(FILTERS["tojson"](given, *args, **options))
+
+
+def _filters(env: _Environment) -> dict[str, Any]:
+    filters: dict[str, Any] = {name: env.filters[name] for name in _FILTERS} | FILTERS
+    for name in ("map", "select", "reject", "selectattr", "rejectattr"):
+        filters[name] = _with_name(filters[name])
+    filters |= {"string": _string, "safe": _string, "tojson": _tojson}
+    filters |= dict.fromkeys(("e", "escape", "forceescape"), _escape)
+    return {name: metered(name, function) for name, function in filters.items()}
+
+
 def _environment() -> _Environment:
     env = _Environment(
         trim_blocks=True,
@@ -196,8 +257,7 @@ def _environment() -> _Environment:
         extensions=[loopcontrols, _Generation],
         cache_size=0,
     )
-    filters: dict[str, Any] = {name: env.filters[name] for name in _FILTERS} | FILTERS
-    env.filters = {name: metered(name, function) for name, function in filters.items()}
+    env.filters = _filters(env)
     tests: dict[str, Any] = dict(env.tests)
     env.tests = {name: metered(name, function) for name, function in tests.items()}
     env.globals = {
@@ -222,22 +282,104 @@ class ChatTemplate:
         except (*_FAILURES, SyntaxError) as error:
             raise _refused(str(error)) from error
 
-    def render(self, messages: tuple[Message, ...]) -> str:
-        """The prompt's text, ending where the assistant's answer begins."""
+    def render(
+        self, messages: tuple[Message, ...], *, variables: Mapping[str, object] = _NOTHING
+    ) -> str:
+        """The prompt's text, ending where the assistant's answer begins.
+
+        `variables` are the template's own, such as `enable_thinking`: plain JSON, and none that
+        stands for the messages, a special token or a function. A message that the template would
+        leave out is refused: an answer to half a chat would look like one to the whole.
+        """
+        reserved = _RESERVED.union(self._special, self._template.globals)
+        for name in variables:
+            if name in reserved:
+                raise InvalidValue(
+                    f"{name[:50]!r} is not for a request to set in the chat template",
+                    param=VARIABLES,
+                )
+        text = self._rendered(messages, variables)
+        self._check_used(messages, variables, text)
+        return text
+
+    def _rendered(self, messages: tuple[Message, ...], variables: Mapping[str, object]) -> str:
         turns = [
             {"role": m.role, "content": m.content} | ({"name": m.name} if m.name else {})
             for m in messages
         ]
+        now = dt.datetime.now().astimezone()
         token = spent.set([0])
         try:
-            pieces = self._template.generate(
-                messages=turns, add_generation_prompt=True, tools=None, **self._special
-            )
-            return "".join(pieces)
+            given = {
+                "add_generation_prompt": True,
+                "tools": None,
+                # As llama.cpp gives it: without, Llama 3.1 believes that it is July 2024.
+                "date_string": now.strftime("%d %b %Y"),
+                "datetime": now.strftime("%b %d %Y"),
+                **{name: _plain(value) for name, value in variables.items()},
+                **self._special,
+                "messages": turns,
+            }
+            return "".join(self._template.generate(given))
         except _FAILURES as error:
             raise _refused(str(error)) from error
         finally:
             spent.reset(token)
+
+    def _check_used(
+        self, messages: tuple[Message, ...], variables: Mapping[str, object], text: str
+    ) -> None:
+        """Raises for the first message that has no part in the text.
+
+        A template may strip or cut what a message says, and that is its own business. So where
+        they do not all stand in the text as they are, other words are put in their places, and
+        must come out.
+        """
+        if _all_stand_in(text, messages):
+            return
+        word = secrets.token_hex(8)
+        said = [i for i, message in enumerate(messages) if message.content.strip()]
+        other = list(messages)
+        for i in said:
+            other[i] = replace(messages[i], content=f"{word}x{i}x")
+        try:
+            shown = self._rendered(tuple(other), variables)
+        except InvalidValue:
+            return  # it minds what messages say, and has accepted what they do
+        used = {int(i) for i in re.findall(f"{word}x([0-9]+)x", shown.lower())}
+        for i in said:
+            if i not in used:
+                raise InvalidValue(
+                    "the model's chat template leaves this message out, whose role is "
+                    f"{messages[i].role[:50]!r}",
+                    param=f"messages.{i}",
+                )
+
+
+def _all_stand_in(text: str, messages: tuple[Message, ...]) -> bool:
+    """Whether their texts follow each other in this one, and are too long to do so by chance."""
+    at = 0
+    for message in messages:
+        content = message.content.strip()
+        if not content:
+            continue
+        at = text.find(content, at) if len(content) >= _TELLING else -1
+        if at < 0:
+            return False  # at once: a miss has searched the whole text
+        at += len(content)
+    return True
+
+
+def _plain(value: object) -> Any:
+    """JSON, copied and paid for: nothing that has methods of its own reaches the template."""
+    charged(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict) and all(type(name) is str for name in value):
+        return {charged(name): _plain(item) for name, item in value.items()}
+    if value is None or type(value) in {str, bool, int, float}:
+        return value
+    raise InvalidValue("a chat template's variables are plain JSON", param=VARIABLES)
 
 
 def _refused(reason: str) -> InvalidValue:

@@ -1,11 +1,15 @@
 """Chat templates: what real ones need works; what reaches out or runs away is refused quickly.
 
-Each hostile template below hung, ballooned or escaped in stock Jinja, or could.
+Each hostile template below hung, ballooned or escaped in stock Jinja, or could. No message is left
+out silently. The templates that llama.cpp's source brings along are tried where there are any.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import vendored_templates
 
 from shimmy_jupyter.engine.template import MAX_TEMPLATE_BYTES, ChatTemplate
 from shimmy_jupyter.errors import InvalidValue
@@ -14,8 +18,15 @@ from shimmy_jupyter.types import Message
 CHAT = (Message("system", "Be brief."), Message("user", "hi"))
 
 
+VENDORED = vendored_templates.find()
+FILES = sorted(VENDORED) or [
+    pytest.param("", marks=pytest.mark.skip(f"{vendored_templates.VARIABLE} is not set"))
+]
+
+
 def render(source: str, *messages: Message, **special: str) -> str:
-    return ChatTemplate(source, special).render(messages or CHAT)
+    """Without asking whether all of them are shown, as few of the templates here show any."""
+    return ChatTemplate(source, special)._rendered(messages or CHAT, {})
 
 
 def test_chatml() -> None:
@@ -53,6 +64,11 @@ def test_chatml() -> None:
         ("{{ strftime_now('%Y') | length }}", "4"),
         ("{{ 'a\nb' | indent(2) }}", "a\n  b"),
         ("{{ '{} {}'.format(1, 2) }}", "1 2"),
+        ("{% for tool in tools %}x{% endfor %}{{ tools | length if tools else 0 }}", "0"),
+        ("{{ 'a' + unknown + 'b' }}{{ unknown + 'c' }}", "abc"),
+        ("{{ 'a<' | safe + messages[1].content + '<b>' }}{{ '<' | e + '>' }}", "a<hi<b>&lt;>"),
+        ("{{ [{'a': 1}, {'a': 2}] | map(attribute='a') | tojson }}", "[1, 2]"),
+        ("{{ date_string | length }}{{ datetime | length }}", "1111"),
     ],
 )  # fmt: skip
 def test_what_templates_use(source: str, expected: str) -> None:
@@ -161,6 +177,11 @@ RUNAWAYS = [
     "{% set n.x = [n.x, dict.fromkeys(range(99999))] %}{% endfor %}",
     "{% set x = ('é' * 2000000) | list %}",
     "{{ ('\n' * 1000000) | indent(64, true, true) }}",
+    NEST("[1]", "[n.x, n.x]") + "{{ n.x | string }}",
+    NEST("[1]", "[n.x, n.x]") + "{{ n.x | safe }}",
+    NEST("[1]", "[n.x, n.x]") + "{{ 'a'.replace('a', n.x) }}",
+    NEST("[1]", "[n.x, n.x]") + "{{ messages | map(n.x) | list }}",
+    NEST("[1]", "[n.x, n.x]") + "{{ messages | selectattr('role', n.x) | list }}",
     "{% set n = namespace(x=[0] * 9999) %}{% for i in range(300) %}{% set n.x = [n.x] %}{% endfor %}"
     "{{ n.x | tojson(indent=16) }}",
     "{%if a%}{%set x=1%}{%endif%}" * 7000,
@@ -196,3 +217,132 @@ def test_a_long_honest_chat_renders() -> None:
     source = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content | trim ~ '\n' }}{% endfor %}"
     chat = tuple(Message("user", "word " * 200) for _ in range(900))
     assert len(render(source, *chat)) > 900_000
+
+
+FOLDED = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+SOME = (
+    "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}"
+    "<{{ m.content.split('</think>')[-1] | trim | upper }}>{% endif %}{% endfor %}"
+)
+LONG = "a sentence that stands in no template "
+
+
+class TestVariables:
+    def test_they_reach_the_template(self) -> None:
+        source = FOLDED + "{{ enable_thinking }}{{ thinking_budget }}{{ documents[0].text }}"
+        variables: dict[str, Any] = {
+            "enable_thinking": False, "thinking_budget": 0, "documents": ({"text": "d"},),
+        }  # fmt: skip
+        assert ChatTemplate(source, {}).render(CHAT, variables=variables).endswith("|False0d")
+
+    def test_the_prompt_for_an_answer_can_be_left_out(self) -> None:
+        template = ChatTemplate(FOLDED + "{% if add_generation_prompt %}AI:{% endif %}", {})
+        assert template.render(CHAT).endswith("AI:")
+        assert template.render(CHAT, variables={"add_generation_prompt": False}).endswith("hi|")
+
+    @pytest.mark.parametrize(
+        "name", ["messages", "bos_token", "eos_token", "pad_token", "raise_exception", "range"]
+    )
+    def test_what_is_not_theirs_stays(self, name: str) -> None:
+        template = ChatTemplate(FOLDED, {"pad_token": "<pad>"})
+        with pytest.raises(InvalidValue, match=name) as caught:
+            template.render(CHAT, variables={name: "x"})
+        assert caught.value.param == "chat_template_kwargs"
+
+    @pytest.mark.parametrize("value", [b"x", {1}, object(), [print], {"a": {"b": len}}, {1: 2}])
+    def test_they_are_plain(self, value: object) -> None:
+        with pytest.raises(InvalidValue, match="JSON") as caught:
+            ChatTemplate(FOLDED, {}).render(CHAT, variables={"x": value})
+        assert caught.value.param == "chat_template_kwargs"
+
+    @pytest.mark.parametrize("value", ["x" * 3_000_000, ["x"] * 500_000, 1 << 99])
+    def test_they_are_paid_for(self, value: object) -> None:
+        with pytest.raises(InvalidValue, match="chat template"):
+            ChatTemplate(FOLDED, {}).render(CHAT, variables={"x": value})
+
+    def test_what_holds_itself_ends(self) -> None:
+        ring: list[object] = []
+        ring.append(ring)
+        with pytest.raises(InvalidValue, match="chat template"):
+            ChatTemplate(FOLDED, {}).render(CHAT, variables={"x": ring})
+
+
+class TestNothingIsLeftOut:
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            [("user", "")],
+            [("narrator", " \n")],
+            [("user", "a"), ("assistant", "b"), ("user", "a")],
+            [("user", "a"), ("assistant", "<think>why</think>"), ("user", "x")],
+            [("user", LONG), ("assistant", f"<think>{LONG}</think> b"), ("user", LONG)],
+            [("user", "<b>&\\"), ("user", LONG)],
+        ],
+    )
+    def test_changed_is_not_left_out(self, messages: list[tuple[str, str]]) -> None:
+        ChatTemplate(SOME, {}).render(tuple(Message(*m) for m in messages))
+
+    @pytest.mark.parametrize(
+        ("messages", "wrong"),
+        [
+            ([("narrator", "a")], 0),
+            ([("user", "Night falls."), ("narrator", "Night falls."), ("user", "b")], 1),
+            ([("user", "the user says"), ("narrator", "user")], 1),
+            ([("user", LONG), ("narrator", LONG), ("user", LONG)], 1),
+            ([("user", LONG), ("narrator", LONG + "2")], 1),
+            ([("narrator", LONG), ("user", LONG)], 0),
+            ([*[("user", LONG)] * 50, ("tool", "x")], 50),
+        ],
+    )
+    @pytest.mark.parametrize("source", [SOME, SOME.replace(" | upper", "")])
+    def test_left_out_is_refused(
+        self, source: str, messages: list[tuple[str, str]], wrong: int
+    ) -> None:
+        with pytest.raises(InvalidValue, match="leaves this message out") as caught:
+            ChatTemplate(source, {}).render(tuple(Message(*m) for m in messages))
+        assert caught.value.param == f"messages.{wrong}"
+
+    def test_a_message_may_be_shown_elsewhere(self) -> None:
+        source = "{% for m in messages[1:] %}{{ m.content }}{% endfor %}{{ messages[0].content }}"
+        chat = (Message("system", LONG), Message("user", LONG + "2"))
+        assert ChatTemplate(source, {}).render(chat) == LONG + "2" + LONG
+
+    def test_a_template_that_minds_what_is_said(self) -> None:
+        source = "{% if messages[0].content != 'hi' %}{{ raise_exception('?') }}{% endif %}x"
+        assert ChatTemplate(source, {}).render((Message("user", "hi"),)) == "x"
+
+    def test_the_own_refusal_comes_first(self) -> None:
+        source = "{% for m in messages %}{{ raise_exception('no ' + m.role) }}{% endfor %}"
+        with pytest.raises(InvalidValue, match="no narrator") as caught:
+            ChatTemplate(source, {}).render((Message("narrator", "a"),))
+        assert caught.value.param == "messages"
+
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+TALK = (Message("user", "Is it?"), Message("assistant", "It is."), Message("user", "So be it."))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_vendored_templates_render(name: str) -> None:
+    template = ChatTemplate(VENDORED[name].read_text(), NAMES)
+    for chat in ((Message("system", "Be brief."), *TALK), TALK):
+        try:
+            text = template.render(chat)
+        except InvalidValue as error:
+            assert "System role not supported" in error.message
+            assert chat is not TALK
+            continue
+        assert all(message.content in text for message in chat)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_vendored_templates_leave_no_message_out(name: str) -> None:
+    template = ChatTemplate(VENDORED[name].read_text(), NAMES)
+    for role in ("narrator", "developer", "system"):
+        chat = (*TALK, Message(role, "Night falls."), Message("user", "?"))
+        try:
+            text = template.render(chat)
+        except InvalidValue as error:
+            assert error.param in {"messages", "messages.3"}
+            continue
+        assert "Night falls." in text
