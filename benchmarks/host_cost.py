@@ -23,12 +23,12 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
+from shimmy_jupyter.completion import Completion
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.fake import FakeBackend
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.server import answers
 from shimmy_jupyter.server.requests import parse_chat
-from shimmy_jupyter.service import Completion
 from shimmy_jupyter.types import Principal, Sampling
 
 STEPS = 500
@@ -61,7 +61,8 @@ class Events(RequestHandler):
         stream = bench.model.submit("local", (62, 120), STEPS, Sampling(), ())
         writer = answers.EventWriter(answers.CHAT, bench.parsed, 0)
         await self.flush()
-        async for data in writer.events(Completion(bench.parsed.request, 2, stream)):
+        completion = Completion(bench.parsed.request, 2, (stream,), stream.bell)
+        async for data in writer.events(completion):
             await self.request.connection.write(data)
             bench.flushed(data)
 

@@ -17,6 +17,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+INFILL = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 _PLAIN = 257  # the bytes and the one merge
 
 
@@ -82,10 +83,11 @@ def write(
     nan: bool = False,
     add_bos: bool = False,
     pre: str = "gpt-2",
+    infill: bool = False,
     causal: bool = True,
 ) -> Path:
-    """Write the model; with `nan` its last norm is not a number, and so is every logit. One that is not
-    `causal` is for embeddings.
+    """Write the model; with `nan` its last norm is not a number, and so is every logit. With `infill`
+    its vocabulary has tokens to fill in the middle. One that is not `causal` is for embeddings.
 
     `quantized` is "Q8_0" (or True) or "Q4_0". With `words` every sampled token (top-k) is a letter
     and a number: no answer ends by itself, all of it is ASCII, and its letters count its tokens.
@@ -107,7 +109,7 @@ def write(
     w.add_vocab_size(shape.vocabulary)
     if not causal:
         w.add_causal_attention(False)
-    _add_vocabulary(w, shape.vocabulary, add_bos=add_bos, pre=pre)
+    _add_vocabulary(w, shape.vocabulary, add_bos=add_bos, pre=pre, infill=infill)
     if template is not None:
         w.add_chat_template(template)
 
@@ -146,11 +148,43 @@ def write(
     return path
 
 
-def _add_vocabulary(w: gguf.GGUFWriter, size: int, *, add_bos: bool, pre: str) -> None:
+def write_adapter(path: Path, shape: Shape = TINY, *, seed: int = 1, rank: int = 4) -> Path:
+    """Write a LoRA adapter for a model of this shape, strong enough to change every answer."""
+    random = np.random.default_rng(seed)
+    w = gguf.GGUFWriter(str(path), "llama")
+    w.add_type(gguf.GGUFType.ADAPTER)
+    w.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    w.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+    inner = shape.heads * shape.head_width
+    for i in range(shape.layers):
+        for name, rows, columns in (
+            ("attn_q", inner, shape.width),
+            ("ffn_down", shape.width, shape.hidden),
+        ):
+            a = random.standard_normal((rank, columns), dtype=np.float32) * columns**-0.5
+            b = random.standard_normal((rows, rank), dtype=np.float32)
+            w.add_tensor(f"blk.{i}.{name}.weight.lora_a", a)
+            w.add_tensor(f"blk.{i}.{name}.weight.lora_b", b)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+def _add_vocabulary(
+    w: gguf.GGUFWriter, size: int, *, add_bos: bool, pre: str, infill: bool
+) -> None:
     singles = byte_tokens()
-    filler = [f"{singles[97 + i % 26]}{i}" for i in range(size - len(singles) - len(SPECIAL) - 1)]
-    tokens = [*singles, "ab", *filler, *SPECIAL]
-    kinds = [gguf.TokenType.NORMAL] * (size - len(SPECIAL)) + [gguf.TokenType.CONTROL] * 3
+    special = (*INFILL, *SPECIAL) if infill else SPECIAL
+    filler = [f"{singles[97 + i % 26]}{i}" for i in range(size - len(singles) - len(special) - 1)]
+    tokens = [*singles, "ab", *filler, *special]
+    kinds = [gguf.TokenType.NORMAL] * (size - len(special))
+    kinds += [gguf.TokenType.CONTROL] * len(special)
+    if infill:
+        w.add_uint32("tokenizer.ggml.fim_pre_token_id", size - 6)
+        w.add_uint32("tokenizer.ggml.fim_suf_token_id", size - 5)
+        w.add_uint32("tokenizer.ggml.fim_mid_token_id", size - 4)
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre(pre)
     w.add_token_list(tokens)

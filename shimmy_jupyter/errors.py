@@ -4,6 +4,7 @@ ShimmyError
 ├── RequestError                       400  what was asked is wrong; nothing was computed
 │   ├── InvalidValue                        invalid_value
 │   ├── UnsupportedParameter                unsupported_parameter
+│   ├── UnknownParameter                    unknown_parameter: on our own routes
 │   ├── ContextLengthExceeded               context_length_exceeded
 │   └── RequestTooLarge                413  request_too_large
 ├── ModelNotFound                      404  model_not_found
@@ -15,6 +16,7 @@ ShimmyError
 ├── ModelLoadFailed                    503  model_load_failed
 ├── GenerationFailed                   500  generation_failed: this sequence alone
 ├── Misconfigured                      503  misconfigured: a setting is wrong; says which
+├── ConstraintTooComplex               400  constraint_too_complex: this sequence alone
 ├── EngineCrashed                      503  engine_crashed: the sequences of that step
 │   └── EngineLost                 503  engine_crashed: every sequence of that engine
 ├── ShuttingDown                       503  shutting_down
@@ -79,6 +81,10 @@ class UnsupportedParameter(RequestError):
     code = "unsupported_parameter"
 
 
+class UnknownParameter(RequestError):
+    code = "unknown_parameter"
+
+
 class ContextLengthExceeded(RequestError):
     code = "context_length_exceeded"
 
@@ -134,6 +140,12 @@ class Misconfigured(ShimmyError):
 
 class GenerationFailed(ShimmyError):
     code = "generation_failed"
+
+
+class ConstraintTooComplex(ShimmyError):
+    code = "constraint_too_complex"
+    status = 400
+    type = "invalid_request_error"
 
 
 class EngineCrashed(ShimmyError):

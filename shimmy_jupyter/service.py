@@ -5,24 +5,26 @@ tests all come through here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from .core.messages import Progress
+from .completion import Completion
 from .engine.model import LoadedModel
 from .engine.stream import TokenStream
 from .errors import (
-    Cancelled,
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineLost,
     InvalidValue,
+    ModelLoadFailed,
+    ModelNotFound,
 )
 from .models.lifecycle import ModelPool, ModelStatus
-from .types import CompletionRequest, Ended, FinishReason, Message, ModelFacts, Timings, Usage
+from .types import CompletionRequest, Message, ModelFacts, Principal, Prompt, Sampling
+
+_Prepared = tuple[LoadedModel, tuple[int, ...], str]
+"""The model, the prompt's tokens, the adapter's path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,77 +85,6 @@ def _models_health(statuses: list[ModelStatus]) -> Dependency:
     return Dependency("models", "ok", f"{len(statuses)} available")
 
 
-@dataclass(slots=True)
-class Completion:
-    """An answer in the making. Read it, then `ended` holds the reason and the exact usage.
-
-    It owns its sequence: leaving the `async with` block, or `close`, frees it.
-    """
-
-    request: CompletionRequest
-    prompt_tokens: int
-    stream: TokenStream | None
-
-    async def read(self) -> list[str]:
-        """Text that has arrived since the last call, waiting for some; empty at the end.
-
-        Raises the error that ended the sequence, or `Cancelled` if somebody closed it.
-        """
-        if self.stream is None:
-            return []
-        texts = await self.stream.read()
-        if not texts and self.ended.reason is FinishReason.CANCELLED:
-            raise Cancelled("the request was cancelled")
-        return texts
-
-    async def wait(self, seconds: float) -> bool:
-        """Whether there is something to read, the end too, within so many seconds."""
-        return self.stream is None or await self.stream.wait(seconds)
-
-    def waiting(self) -> Progress | None:
-        """What it waited for a moment ago, None if that is not known yet; asks again."""
-        if self.stream is None:
-            return None
-        self.stream.ask()
-        return self.stream.progress
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        while texts := await self.read():
-            for text in texts:
-                yield text
-
-    async def text(self) -> str:
-        """The whole answer."""
-        return "".join([text async for text in self])
-
-    @property
-    def ended(self) -> Ended:
-        """How it ended; only meaningful once everything has been read."""
-        if self.stream is None:
-            return Ended(
-                FinishReason.LENGTH, Usage(self.prompt_tokens, 0), Timings(0.0, None, None)
-            )
-        if self.stream.ended is None:
-            usage = Usage(self.prompt_tokens, 0)
-            return Ended(FinishReason.CANCELLED, usage, Timings(0.0, None, None))
-        return self.stream.ended
-
-    def close(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
 class CompletionService:
     """`default_max_tokens` is what a request gets that does not say how much it wants.
 
@@ -179,32 +110,38 @@ class CompletionService:
         began = clock()
         try:
             async with asyncio.timeout(limit):
-                model, prompt = await self._prepared(request)
+                model, prompt, adapter = await self._prepared(request)
         except TimeoutError:
             raise DeadlineExceeded("the request took longer than its max_seconds") from None
         max_tokens = self._room(request, len(prompt), model.facts)
         if max_tokens == 0:
-            return Completion(request, len(prompt), None)
-        sampling = request.sampling
-        if request.reproducible and sampling.seed is None:
-            sampling = replace(sampling, seed=0)
-        stream = model.submit(
-            request.principal.name,
-            prompt,
-            max_tokens,
-            sampling,
-            request.stop,
-            reproducible=request.reproducible,
-            max_seconds=None if limit is None else max(0.0, limit - (clock() - began)),
-        )
-        return Completion(request, len(prompt), stream)
+            return Completion(request, len(prompt))
+        left = None if limit is None else max(0.0, limit - (clock() - began))
+        wanted = _Wanted(prompt, max_tokens, adapter, left)
+        return Completion(request, len(prompt), *_submitted(model, request, wanted))
 
-    async def _encoded(self, request: CompletionRequest) -> tuple[LoadedModel, tuple[int, ...]]:
+    async def _encoded(self, request: CompletionRequest) -> _Prepared:
         model = await self.pool.get(request.model)
         model.check_bias(request.sampling.logit_bias)
-        return model, await model.encode(request.prompt, request.principal.name)
+        prompt = request.prompt
+        if request.suffix:
+            prompt = model.between(prompt, request.suffix)
+        if request.sampling.constraint is not None:
+            await model.compile(request.sampling.constraint, request.principal.name)
+        adapter = await self._adapter(model, request.adapter) if request.adapter else ""
+        return model, await model.encode(prompt, request.principal.name), adapter
 
-    async def _prepared(self, request: CompletionRequest) -> tuple[LoadedModel, tuple[int, ...]]:
+    async def _adapter(self, model: LoadedModel, id: str) -> str:
+        """Its path, once it is loaded."""
+        try:
+            path = str((await self.pool.find(id)).path)
+            await model.use_adapter(path)
+        except (ModelNotFound, ModelLoadFailed) as error:
+            error.param = "adapter"
+            raise
+        return path
+
+    async def _prepared(self, request: CompletionRequest) -> _Prepared:
         try:
             return await self._encoded(request)
         except EngineLost:
@@ -236,6 +173,20 @@ class CompletionService:
             )
         return wanted
 
+    async def tokenize(self, model: str, prompt: Prompt, principal: Principal) -> tuple[int, ...]:
+        """The exact tokens that a prompt has, as `start` would count them."""
+        return await (await self.pool.get(model)).encode(prompt, principal.name)
+
+    async def detokenize(self, model: str, tokens: tuple[int, ...], principal: Principal) -> str:
+        """The text of tokens; bytes that make no character become U+FFFD."""
+        return await (await self.pool.get(model)).decode(tokens, principal.name)
+
+    async def rendered(self, model: str, prompt: Prompt, principal: Principal) -> tuple[str, int]:
+        """A chat as the model's template writes it, and how many tokens that is."""
+        found = await self.pool.get(model)
+        text = await found.render(prompt, principal.name)
+        return text, len(await found.encode(text, principal.name))
+
     async def models(self) -> list[ModelStatus]:
         return await self.pool.status()
 
@@ -256,3 +207,48 @@ class CompletionService:
 
     async def close(self) -> None:
         await self.pool.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A request that has become numbers. `adapter` is a path."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    adapter: str
+    max_seconds: float | None
+
+
+def _submitted(
+    model: LoadedModel, request: CompletionRequest, wanted: _Wanted
+) -> tuple[tuple[TokenStream, ...], asyncio.Event]:
+    """A sequence for each choice, all or none of them. Raises `QueueFull`."""
+    bell = asyncio.Event()
+    streams: list[TokenStream] = []
+    try:
+        for choice in range(request.n):
+            stream = model.submit(
+                request.principal.name,
+                wanted.prompt,
+                wanted.max_tokens,
+                _of_choice(request, choice),
+                request.stop,
+                reproducible=request.reproducible,
+                adapter=wanted.adapter,
+                max_seconds=wanted.max_seconds,
+            )
+            stream.bell = bell
+            streams.append(stream)
+    except BaseException:
+        for stream in streams:
+            stream.close()
+        raise
+    return tuple(streams), bell
+
+
+def _of_choice(request: CompletionRequest, choice: int) -> Sampling:
+    """Choices with a seed have different ones, or they would all be the same."""
+    seed = request.sampling.seed
+    if seed is None and request.reproducible:
+        seed = 0
+    return request.sampling if seed is None else replace(request.sampling, seed=seed + choice)

@@ -27,6 +27,17 @@ class Principal:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must match. `kind` is json_object, json_schema, lark, regex or gbnf.
+
+    `source` is the schema as JSON, or the grammar; empty for json_object.
+    """
+
+    kind: str
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen. `temperature == 0` is greedy: the most likely token.
 
@@ -45,6 +56,14 @@ class Sampling:
     frequency_penalty: float = 0.0
     seed: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    """Until so many have been generated, none that would end the answer is chosen."""
+    ignore_eos: bool = False
+    """Never choose a token that would end the answer."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to give log-probabilities of, beside the chosen one; None: of
+    none."""
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +73,17 @@ class Message:
     role: str
     content: str
     name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A token and the natural logarithm of its probability, before sampling changes it."""
+
+    token: int
+    piece: bytes
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...] = ()
+    """The likeliest tokens, the likeliest first: id, bytes, log-probability."""
 
 
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
@@ -71,6 +101,12 @@ class CompletionRequest:
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    adapter: str = ""
+    """The id of a LoRA adapter to answer with; none where it is empty."""
+    suffix: str = ""
+    """What comes after the answer; then the prompt is a text. Empty: the answer has no end to meet."""
+    n: int = 1
+    """Choices: answers to the same prompt, each with a seed of its own."""
     reproducible: bool = False
     """The same bytes every time, on one machine and engine build, whatever else is going on."""
     max_seconds: float | None = None
@@ -148,5 +184,7 @@ class ModelFacts:
     threads: int = 1
     """Threads that may compute, at most."""
     offloaded_layers: int = 0
+    infill: tuple[str, ...] = ()
+    """The special tokens before the prefix, the suffix and the middle, of a model that can infill."""
     notes: tuple[str, ...] = ()
     """What an administrator should know, such as a GPU that this build cannot use."""

@@ -172,7 +172,7 @@ class Line:
             return False
         return any(
             leader.state is State.PREFILL
-            and leader.principal == sequence.principal
+            and leader.owner == sequence.owner
             and common(leader.prompt, sequence.prompt[:-1]) >= leader.cached + MIN_SHARED
             for leader in self.room.running.values()
         )

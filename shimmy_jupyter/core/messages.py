@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..types import Ended, Failure, Sampling
+from ..types import Ended, Failure, Sampling, Scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,8 @@ class Sampled:
     piece: bytes
     end_of_generation: bool
     failure: Failure | None = None
+    scored: Scored | None = None
+    """With log-probabilities, where the sequence's `Sampling.logprobs` asks for them."""
 
 
 # Events
@@ -85,6 +87,7 @@ class Submitted:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     reproducible: bool = False
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,16 +249,21 @@ SlotChange = OpenSlot | CloseSlot | TrimSlot | CopyPrefix | SaveSlot | RestoreSl
 class Step:
     """Decode these rows in one native call; answered by `Stepped`, `StepAborted`, `StepFailed`.
 
-    Rows of the private slot are never in one step with others.
+    Rows of the private slot are never in one step with others. All are computed with one adapter, or
+    with none.
     """
 
     rows: tuple[Row, ...]
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Emit:
+    """Text of an answer, with the tokens that it came from where log-probabilities are wanted."""
+
     id: int
     text: str
+    scored: tuple[Scored, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ class Planner:
         self._turn = 0
         self._last_was_private = False
         self._last_was_prompt = False
+        self._adapters: dict[str, int] = {}
+        """When each adapter last had a step, of those that have something to do."""
         self._owed = 0.0
         """Seconds of steps for everybody else before the next one of the reproducible sequence."""
 
@@ -72,7 +74,8 @@ class Planner:
         return [self._decode_row(sequence)] if sequence.state is State.DECODE else []
 
     def _shared(self, now: float, out: list[m.Instruction]) -> list[m.Row]:
-        running = self._line.room.running.values()
+        adapter = self._adapter()
+        running = [s for s in self._line.room.running.values() if s.adapter == adapter]
         ready = [s for s in running if s.state is State.DECODE]
         reading = sum(s.state is State.PREFILL for s in running)
         room = self._pace.prompt_tokens(len(ready), reading + self._line.could_begin())
@@ -80,11 +83,23 @@ class Planner:
         if ready and not binds and self._last_was_prompt:
             prompts: list[m.Row] = []
         else:
-            prompts = list(self._prompts(room, now, out, together=binds))
+            prompts = list(self._prompts(adapter, room, now, out, together=binds))
         self._last_was_prompt = bool(prompts)
         if not prompts:
             return [self._decode_row(s) for s in self._whose_turn(ready)]
         return [*(self._decode_row(s) for s in ready if binds), *prompts]
+
+    def _adapter(self) -> str:
+        """Of those that have something to do, the one whose last step was longest ago."""
+        busy = (State.PREFILL, State.DECODE)
+        found = {s.adapter for s in self._line.room.running.values() if s.state in busy}
+        fresh = self._line.first()
+        if fresh is not None:
+            found.add(fresh.adapter)
+        adapter = min(found, key=lambda one: (self._adapters.get(one, 0), one), default="")
+        self._adapters = {one: self._adapters.get(one, 0) for one in found} if found else {}
+        self._adapters[adapter] = self._turn + 1
+        return adapter
 
     def _whose_turn(self, ready: list[Sequence]) -> list[Sequence]:
         if not ready:
@@ -96,7 +111,7 @@ class Planner:
         return sorted(ready, key=lambda s: (counters[s.principal], s.turn))[:count]
 
     def _prompts(
-        self, room: int, now: float, out: list[m.Instruction], *, together: bool
+        self, adapter: str, room: int, now: float, out: list[m.Instruction], *, together: bool
     ) -> Iterator[m.Row]:
         """Slices of prompts, whoever was served least first; then of those who are admitted.
 
@@ -104,11 +119,17 @@ class Planner:
         """
         total = 0
         counters = self._line.counters
-        begun = [s for s in self._line.room.running.values() if s.state is State.PREFILL]
+        begun = [
+            s
+            for s in self._line.room.running.values()
+            if s.state is State.PREFILL and s.adapter == adapter
+        ]
         begun.sort(key=lambda s: (counters[s.principal], s.id), reverse=True)
         while total < room:
             fresh = self._line.first()
-            if fresh is not None and begun and self._claim(fresh) >= self._claim(begun[-1]):
+            if fresh is not None and (
+                fresh.adapter != adapter or (begun and self._claim(fresh) >= self._claim(begun[-1]))
+            ):
                 fresh = None
             sequence = fresh or (begun[-1] if begun else None)
             if sequence is None or not (

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 Tokens = tuple[int, ...]
+Owner = tuple[str, str]
+"""A principal and an adapter: with another adapter the same tokens have other keys and values."""
 
 MIN_SHARED = 32
 """Fewer tokens are not worth looking after."""
@@ -20,7 +22,7 @@ class Entry:
     """KV that somebody left: in a slot of the cache, or saved in host memory under a key."""
 
     place: int
-    owner: str
+    owner: Owner
     tokens: Tokens
     used: int = 0
 
@@ -77,7 +79,7 @@ class PrefixCache:
     def saved_tokens(self) -> int:
         return sum(entry.size for entry in self.saved.values())
 
-    def keep(self, slot: int, owner: str, tokens: Tokens) -> None:
+    def keep(self, slot: int, owner: Owner, tokens: Tokens) -> None:
         self.kept[slot] = self._touch(Entry(slot, owner, tokens))
 
     def save(self, entry: Entry) -> Entry:
@@ -108,7 +110,7 @@ class PrefixCache:
         )
 
     def match(
-        self, prompt: Tokens, owner: str, live: Iterable[tuple[int, str, Tokens]]
+        self, prompt: Tokens, owner: Owner, live: Iterable[tuple[int, Owner, Tokens]]
     ) -> Match | None:
         """The longest part of a prompt that is somewhere, or None where it is not worth it.
 
@@ -120,6 +122,8 @@ class PrefixCache:
         best: Match | None = None
         for candidate, theirs, tokens in self._candidates(live):
             length = common(usable, tokens)
+            if theirs[1] != owner[1]:
+                continue
             if theirs != owner:
                 length = min(length, public)
             if length < MIN_SHARED or (self._whole and length < len(tokens)):
@@ -129,8 +133,8 @@ class PrefixCache:
         return best
 
     def _candidates(
-        self, live: Iterable[tuple[int, str, Tokens]]
-    ) -> Iterator[tuple[Match, str, Tokens]]:
+        self, live: Iterable[tuple[int, Owner, Tokens]]
+    ) -> Iterator[tuple[Match, Owner, Tokens]]:
         """Cheapest first, so that of equals the cheapest wins: kept, running, saved."""
         for entry in self.kept.values():
             yield Match(0, entry.place, entry=entry), entry.owner, entry.tokens

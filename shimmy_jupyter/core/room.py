@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from . import messages as m
-from .prefix import MIN_SHARED, Entry, Match, PrefixCache
+from .prefix import MIN_SHARED, Entry, Match, Owner, PrefixCache, Tokens
 from .sequence import Sequence
 
 _SLOT_SHARE = 4
@@ -70,7 +70,7 @@ class Room:
 
     def place(self, sequence: Sequence) -> list[m.Instruction]:
         """Give a slot and KV room, with as much of the prompt as is there already."""
-        match = self.prefixes.match(sequence.prompt, sequence.principal, self._live())
+        match = self.prefixes.match(sequence.prompt, sequence.owner, self._live())
         if match is not None and not self._usable(match, sequence):
             match = None
         out: list[m.Instruction] = []
@@ -96,7 +96,7 @@ class Room:
         self._account(sequence, -1)
         size = sequence.cached if keep and sequence.cached >= MIN_SHARED else 0
         if size:
-            self.prefixes.keep(sequence.slot, sequence.principal, sequence.computed())
+            self.prefixes.keep(sequence.slot, sequence.owner, sequence.computed())
         else:
             self.free_slots.append(sequence.slot)
         return m.CloseSlot(sequence.slot, size)
@@ -108,12 +108,12 @@ class Room:
             now = count + sign, tokens + sign * sequence.reserved
             self._theirs[sequence.principal] = now
 
-    def _live(self) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    def _live(self) -> Iterator[tuple[int, Owner, Tokens]]:
         if self.capacity.can_copy:
             for slot, sequence in self.running.items():
                 # Where nothing can be cut short, a copy of what goes on growing is of no use.
                 if self.capacity.can_trim and sequence.cached >= MIN_SHARED:
-                    yield slot, sequence.principal, sequence.computed()
+                    yield slot, sequence.owner, sequence.computed()
 
     def _usable(self, match: Match, sequence: Sequence) -> bool:
         """Whether the match can be had together with the reservation."""

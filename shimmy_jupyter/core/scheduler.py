@@ -82,6 +82,7 @@ class Scheduler:
             text=TextAssembler(event.stop),
             submitted_at=now,
             reproducible=event.reproducible,
+            adapter=event.adapter,
         )
         if self.halted is not None:
             return [self._ended(sequence, FinishReason.ERROR, now, self.halted)]
@@ -150,7 +151,7 @@ class Scheduler:
         instructions = self._give_up_on_readers(now)
         rows = self._planner.rows(now, instructions)
         if rows:
-            self.step = m.Step(tuple(rows))
+            self.step = m.Step(tuple(rows), self._by_slot()[rows[0].slot].adapter)
             instructions.append(self.step)
         return instructions
 
@@ -251,8 +252,10 @@ class Scheduler:
             out += self._end(sequence, FinishReason.STOP, now)
             return
         text = sequence.text.push(sampled.piece)
+        if sampled.scored is not None:
+            sequence.scored.append(sampled.scored)
         if text:
-            out.append(m.Emit(sequence.id, text))
+            out.append(self._shown(sequence, text))
         if sequence.text.stopped:
             out += self._end(sequence, FinishReason.STOP, now)
         elif len(sequence.answer) == sequence.max_tokens:
@@ -277,8 +280,10 @@ class Scheduler:
         """Free what the sequence holds and say the last word."""
         instructions: list[m.Instruction] = []
         held = sequence.text.finish()
-        if held and reason in (FinishReason.STOP, FinishReason.LENGTH):
-            instructions.append(m.Emit(sequence.id, held))
+        # Tokens without text of their own, such as a character's first bytes, still have been chosen.
+        left = sequence.scored and not sequence.text.stopped
+        if (held or left) and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            instructions.append(self._shown(sequence, held))
         if sequence.state is State.QUEUED:
             self.line.leave(sequence)
         else:
@@ -287,6 +292,10 @@ class Scheduler:
         del self.sequences[sequence.id]
         instructions.append(self._ended(sequence, reason, now, failure))
         return instructions
+
+    def _shown(self, sequence: Sequence, text: str) -> m.Emit:
+        scored, sequence.scored = tuple(sequence.scored), []
+        return m.Emit(sequence.id, text, scored)
 
     def _ended(
         self, sequence: Sequence, reason: FinishReason, now: float, failure: Failure | None
@@ -341,6 +350,7 @@ class Scheduler:
         assert 0 < sum(len(row.tokens) for row in step.rows) <= self.capacity.batch_tokens
         for row in step.rows:
             sequence = by_slot[row.slot]
+            assert sequence.adapter == step.adapter
             assert row.start == sequence.cached
             assert row.tokens
             end = row.start + len(row.tokens)

@@ -22,7 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ..types import Failure, Sampling, Timings, Usage
+from ..types import Failure, Sampling, Scored, Timings, Usage
+from .prefix import Owner
 from .text import TextAssembler
 
 
@@ -47,6 +48,8 @@ class Sequence:
     text: TextAssembler
     submitted_at: float
     reproducible: bool = False
+    adapter: str = ""
+    """The one that its steps are computed with; none where it is empty."""
     state: State = State.QUEUED
     slot: int = -1
     cached: int = 0
@@ -54,6 +57,8 @@ class Sequence:
     reused: int = 0
     """Of these, the prompt's that were there already."""
     answer: list[int] = field(default_factory=list)
+    scored: list[Scored] = field(default_factory=list)
+    """Tokens whose text has not been shown yet, where log-probabilities are wanted."""
     passed: int = 0
     """Tokens reserved by those who were admitted before it although it was their next."""
     paused: float = 0.0
@@ -68,6 +73,11 @@ class Sequence:
     """Why it ends, once the step it is in returns; None where somebody cancelled it."""
     reader_full: bool = False
     reader_full_since: float = 0.0
+
+    @property
+    def owner(self) -> Owner:
+        """Whose cache it may use."""
+        return self.principal, self.adapter
 
     @property
     def reserved(self) -> int:

@@ -1,8 +1,9 @@
 """What a backend is: something that decodes rows. Calls and results are plain messages, so that the
 same backend can sit in this process or behind a socketpair.
 
-One thread calls `load`, then `apply` and `step`, and at last `unload`. Another may call `tokenize`,
-`check` and `abort` meanwhile, as the vocabulary does not change; after `unload` `tokenize` raises.
+One thread calls `load`, then `load_adapter`, `apply` and `step`, and at last `unload`. Another may call `tokenize`,
+`detokenize`, `compile`, `check` and `abort` meanwhile, as the vocabulary does not change; after `unload`
+the first three raise.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Protocol
 
 from ..core.messages import Sampled, SlotChange, Step
 from ..core.room import running_limit
-from ..types import ModelFacts
+from ..types import Constraint, ModelFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,25 @@ class Backend(Protocol):
         """Token ids of a whole prompt, special tokens recognised, the model's BOS in front once."""
         ...
 
+    def detokenize(self, tokens: tuple[int, ...]) -> bytes:
+        """The tokens' text, special tokens as they are written in a prompt. All are of the
+        vocabulary."""
+        ...
+
+    def compile(self, constraint: Constraint) -> None:
+        """See whether answers of this model can be held to it. Raises `InvalidValue` or
+        `UnsupportedParameter`, which say what is wrong, and where.
+        """
+        ...
+
     def check(self) -> None:
         """Raises `EngineLost` if nothing can be asked any more, as far as that is known."""
+        ...
+
+    def load_adapter(self, path: str) -> None:
+        """Load a LoRA adapter, which steps then name by its path; once loaded it stays. Raises
+        `ModelLoadFailed`.
+        """
         ...
 
     def apply(self, change: SlotChange) -> None:

@@ -26,7 +26,7 @@ from ..errors import EngineCrashed, InternalError, ModelLoadFailed, ShimmyError
 from . import wire
 from .backend import Backend, LoadSpec, StepResult
 from .channel import Channel, Frames, WireError
-from .deep import in_deep_thread
+from .deep import bounded, in_deep_thread
 
 log = logging.getLogger("shimmy_jupyter.engine")
 
@@ -95,13 +95,16 @@ class _Server:
             return False
         return not isinstance(request, wire.Unload)
 
-    def _reply(self, request: wire.Load | wire.Work | wire.Unload) -> object:
+    def _reply(self, request: wire.WorkRequest) -> object:
         try:
             match request:
                 case wire.Load():
                     return self._load(request.spec)
                 case wire.Work():
                     return self._carry_out(request)
+                case wire.LoadAdapter(path):
+                    self._loaded().load_adapter(path)
+                    return wire.Done()
                 case wire.Unload():
                     self._loaded().unload()
                     return wire.Done()
@@ -177,7 +180,7 @@ class _Server:
                 if isinstance(request, wire.Abort):
                     self._abort(loop, request.number)
                 else:
-                    tasks.add(task := loop.create_task(self._tokenize(request.text)))
+                    tasks.add(task := loop.create_task(self._read_for(request)))
                     task.add_done_callback(tasks.discard)
 
     def _abort(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
@@ -190,16 +193,25 @@ class _Server:
                 self._loaded().abort()
                 loop.call_later(_AGAIN, self._abort, loop, number)
 
-    async def _tokenize(self, text: str) -> None:
-        reply: wire.Tokens | wire.Failed
+    async def _read_for(self, request: wire.Tokenize | wire.Detokenize | wire.Compile) -> None:
+        reply: object
         try:
-            size = len(text.encode("utf-8", "surrogatepass"))
-            reply = wire.Tokens(await in_deep_thread(lambda: self._loaded().tokenize(text), size))
+            match request:
+                case wire.Tokenize(text):
+                    size = len(text.encode("utf-8", "surrogatepass"))
+                    found = await in_deep_thread(lambda: self._loaded().tokenize(text), size)
+                    reply = wire.Tokens(found)
+                case wire.Detokenize(ids):
+                    data = await in_deep_thread(lambda: self._loaded().detokenize(ids), 0)
+                    reply = wire.Text(bounded(data))
+                case wire.Compile(constraint):
+                    await in_deep_thread(lambda: self._loaded().compile(constraint), 0)
+                    reply = wire.Done()
         except ShimmyError as error:
             reply = wire.Failed.of(error)
         except Exception:
-            log.exception("tokenizing failed in a way that nobody foresaw")
-            reply = wire.Failed.of(InternalError("tokenizing failed; the server's log says how"))
+            log.exception("reading failed in a way that nobody foresaw")
+            reply = wire.Failed.of(InternalError("the engine failed; the server's log says how"))
         await asyncio.get_running_loop().sock_sendall(self._side, wire.encode(reply))
 
 

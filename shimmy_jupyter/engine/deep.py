@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from ..errors import InvalidValue
+
 T = TypeVar("T")
 
 MAX_TEXT_BYTES = 1 << 20
@@ -23,6 +25,13 @@ _PAGE = 4096
 
 # The size of new threads' stacks is a setting of the whole process.
 _creating = threading.Lock()
+
+
+def bounded(text: bytes) -> bytes:
+    """The same, unless it is too long to be sent on. Raises `InvalidValue`."""
+    if len(text) > MAX_TEXT_BYTES:
+        raise InvalidValue(f"they are a text of more than {MAX_TEXT_BYTES} bytes", param="tokens")
+    return text
 
 
 async def in_deep_thread(work: Callable[[], T], text_bytes: int) -> T:

@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 from ..core import messages as m
-from ..errors import EngineCrashed, EngineLost
-from ..types import Failure, ModelFacts
+from ..errors import EngineCrashed, EngineLost, InvalidValue, ModelLoadFailed
+from ..types import Constraint, Failure, ModelFacts, Sampling, Scored
 from .backend import LoadSpec, StepResult
 
 END = 256
@@ -49,11 +49,13 @@ class FakeBackend:
         self.open_slots: set[int] = set()
         self.cells: dict[int, list[int]] = {}
         self.saved: dict[int, list[int]] = {}
+        self.adapters: set[str] = set()
         self.loaded = False
         self._aborted = threading.Event()
         self._pieces: list[bytes] = []
         self._ids: dict[bytes, int] = {}
         self._answers: dict[int, list[int]] = {}
+        self._sampling: dict[int, Sampling] = {}
 
     def load(self, spec: LoadSpec) -> ModelFacts:
         self.loaded = True
@@ -79,17 +81,34 @@ class FakeBackend:
     def tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
 
+    def detokenize(self, tokens: tuple[int, ...]) -> bytes:
+        known = self._pieces
+        return b"".join(
+            known[t - _FIRST_PIECE] if t >= _FIRST_PIECE else bytes([t]) if t < END else b""
+            for t in tokens
+        )
+
+    def compile(self, constraint: Constraint) -> None:
+        if "wrong" in constraint.source:
+            raise InvalidValue("the script says that this is wrong", param="response_format")
+
     def check(self) -> None:
         if not self.loaded:
             raise EngineLost("the model has been unloaded")
 
+    def load_adapter(self, path: str) -> None:
+        if path.endswith("bad.gguf"):
+            raise ModelLoadFailed("the script says that this adapter does not load")
+        self.adapters.add(path)
+
     def apply(self, change: m.SlotChange) -> None:
         match change:
-            case m.OpenSlot(slot=slot):
+            case m.OpenSlot(slot=slot, sampling=sampling):
                 if slot in self.open_slots:
                     raise AssertionError(f"slot {slot} is open")
                 self.open_slots.add(slot)
                 self.cells.setdefault(slot, [])
+                self._sampling[slot] = sampling
             case m.CloseSlot(slot, keep):
                 self.open_slots.remove(slot)
                 self._answers.pop(slot, None)
@@ -111,6 +130,8 @@ class FakeBackend:
             self.gate.acquire()
         if self._aborted.is_set():
             return StepResult((), 0.0, aborted=True)
+        if step.adapter and step.adapter not in self.adapters:
+            raise AssertionError(f"{step.adapter} is not loaded")
         self.batches.append(len(step.rows))
         if len(self.batches) == self.fail_at:
             raise EngineCrashed("the script says that this step fails")
@@ -146,7 +167,15 @@ class FakeBackend:
         if piece == b"\0nan":
             failure = Failure("generation_failed", "the model's logits are not finite")
             return m.Sampled(slot, token, b"", False, failure)
-        return m.Sampled(slot, token, piece, False)
+        return m.Sampled(slot, token, piece, False, None, self._scored(slot, token, piece))
+
+    def _scored(self, slot: int, token: int, piece: bytes) -> Scored | None:
+        """As if every token were a little less likely than the one before it in the vocabulary."""
+        count = self._sampling[slot].logprobs
+        if count is None:
+            return None
+        top = tuple((t, bytes([t]), -0.1 * (t + 1)) for t in range(count))
+        return Scored(token, piece, -0.001 * token, top)
 
     def _id(self, piece: str | bytes) -> int:
         data = piece.encode() if isinstance(piece, str) else piece

@@ -23,7 +23,7 @@ from typing import IO, TypeVar
 
 from ..core.messages import SlotChange, Step
 from ..errors import EngineLost, Misconfigured, ModelLoadFailed
-from ..types import ModelFacts
+from ..types import Constraint, ModelFacts
 from . import wire
 from .backend import LoadSpec, StepResult
 from .channel import Channel, WireError
@@ -119,10 +119,30 @@ class IsolatedBackend:
             )
         return found.tokens
 
+    def detokenize(self, tokens: tuple[int, ...]) -> bytes:
+        child = self._running()
+        with child.reading:
+            found = child.ask(
+                child.side, wire.Detokenize(tokens), wire.Text, self._hang_seconds, wire.MAX_REPLY
+            )
+        return found.text
+
+    def compile(self, constraint: Constraint) -> None:
+        child = self._running()
+        request = wire.Compile(constraint)
+        with child.reading:
+            child.ask(child.side, request, wire.Done, self._hang_seconds, wire.MAX_STEP_REPLY)
+
     def check(self) -> None:
         child = self._running()
         if child.pid is None:
             raise child.lost()
+
+    def load_adapter(self, path: str) -> None:
+        child = self._running()
+        request = wire.LoadAdapter(path)
+        with child.working:
+            child.ask(child.work, request, wire.Done, self._load_seconds, wire.MAX_STEP_REPLY)
 
     def apply(self, change: SlotChange) -> None:
         child = self._running()

@@ -16,10 +16,11 @@ from ..errors import (
     InvalidValue,
     ModelLoadFailed,
     ShuttingDown,
+    UnsupportedParameter,
 )
-from ..types import Failure, Message, ModelFacts, Prompt, Sampling
+from ..types import Constraint, Failure, Message, ModelFacts, Prompt, Sampling
 from .backend import Backend, LoadSpec, Sharing
-from .deep import MAX_TEXT_BYTES, in_deep_thread
+from .deep import MAX_TEXT_BYTES, bounded, in_deep_thread
 from .stream import TokenStream
 from .template import ChatTemplate
 from .turns import Turns
@@ -53,6 +54,7 @@ class LoadedModel:
         self._turns = Turns(max_waiting)
         self._special = special
         self._template: ChatTemplate | None = None
+        self._adapters: set[str] = set()
         self._closed = False
 
     @classmethod
@@ -127,6 +129,53 @@ class LoadedModel:
                 size = check() if len(text) < _SHORT else await asyncio.to_thread(check)
                 return await in_deep_thread(lambda: self.engine.backend.tokenize(text), size)
 
+    def between(self, prefix: Prompt, suffix: str) -> str:
+        """The prompt for what stands between two texts, the prefix first. Raises
+        `UnsupportedParameter` where the model has no tokens for that.
+
+        Bavarian et al., "Efficient Training of Language Models to Fill in the Middle", 2022.
+        """
+        if not self.facts.infill:
+            raise UnsupportedParameter(
+                "this model has no fill-in-the-middle tokens; leave suffix out", param="suffix"
+            )
+        if not isinstance(prefix, str):
+            raise InvalidValue("with a suffix the prompt is a text", param="prompt")
+        before, after, middle = self.facts.infill
+        return f"{before}{prefix}{after}{suffix}{middle}"
+
+    async def use_adapter(self, path: str) -> None:
+        """See to it that requests can name this LoRA adapter. Raises `ModelLoadFailed`."""
+        if path not in self._adapters:
+            backend = self.engine.backend
+            await self.engine.errand(lambda: backend.load_adapter(path))
+            self._adapters.add(path)
+
+    async def compile(self, constraint: Constraint, principal: str = "") -> None:
+        """See whether answers can be held to it, when it is this principal's turn. Raises
+        `InvalidValue` or `UnsupportedParameter`.
+        """
+        backend = self.engine.backend
+        with self._losing():
+            async with self._turns.turn(principal):
+                await in_deep_thread(lambda: backend.compile(constraint), 0)
+
+    async def decode(self, tokens: tuple[int, ...], principal: str = "") -> str:
+        """The tokens' text, when it is this principal's turn. Raises `InvalidValue`, `QueueFull`."""
+        self._check_ids(tokens, "tokens")
+        backend = self.engine.backend
+        with self._losing():
+            async with self._turns.turn(principal):
+                data = await in_deep_thread(lambda: backend.detokenize(tokens), 0)
+        return bounded(data).decode("utf-8", "replace")
+
+    async def render(self, messages: Prompt, principal: str = "") -> str:
+        """A chat as the template writes it, when it is this principal's turn."""
+        assert isinstance(messages, tuple)
+        with self._losing():
+            async with self._turns.turn(principal):
+                return await self._render(messages)
+
     @contextlib.contextmanager
     def _losing(self) -> Iterator[None]:
         """Let the engine know that it is lost, if that is found out here."""
@@ -171,6 +220,7 @@ class LoadedModel:
         stop: tuple[str, ...],
         *,
         reproducible: bool = False,
+        adapter: str = "",
         max_seconds: float | None = None,
     ) -> TokenStream:
         return self.engine.submit(
@@ -180,6 +230,7 @@ class LoadedModel:
             sampling,
             stop,
             reproducible=reproducible,
+            adapter=adapter,
             max_seconds=max_seconds,
         )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from ..core.messages import Progress
+from ..core.messages import Emit, Progress
 from ..errors import from_failure
 from ..types import Ended
 
@@ -56,10 +56,11 @@ class TokenStream:
         self.ended: Ended | None = None
         self.progress: Progress | None = None
         """What it waited for when `ask` was last answered, until its first text."""
+        self.bell = asyncio.Event()
+        """Set when something has arrived. Streams that are read together may share one."""
         self.expires: asyncio.TimerHandle | None = None
         self._upstream = upstream
-        self._unread: deque[str] = deque()
-        self._waiter: asyncio.Future[None] | None = None
+        self._unread: deque[Emit] = deque()
         self._closed = False
         self._lock = threading.Lock()
         self._outstanding = 0
@@ -79,7 +80,7 @@ class TokenStream:
                 self._pauses += 1
                 self._upstream.reader_full(self.id)
 
-    def deliver(self, item: str | Progress | Ended) -> None:
+    def deliver(self, item: Emit | Progress | Ended) -> None:
         """Take what the engine sent, on the loop."""
         if isinstance(item, Progress):
             self.progress = item
@@ -90,33 +91,36 @@ class TokenStream:
                 self.expires.cancel()
         elif not self._closed:
             self._unread.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self.bell.set()
 
-    async def read(self) -> list[str]:
-        """All text that has arrived, waiting for some; empty once the sequence has ended.
+    async def read(self) -> list[Emit]:
+        """All that has arrived, waiting for some; empty once the sequence has ended.
 
         Raises the `ShimmyError` that ended the sequence, after its text has been read.
         """
         await self._arrival()
-        texts = list(self._unread)
+        return self.take()
+
+    def take(self) -> list[Emit]:
+        """All that has arrived, without waiting. Raises as `read` does."""
+        pieces = list(self._unread)
         self._unread.clear()
-        self._count_read(len(texts))
-        if not texts and self.ended is not None and self.ended.failure is not None:
+        self._count_read(len(pieces))
+        if not pieces and self.ended is not None and self.ended.failure is not None:
             raise from_failure(self.ended.failure)
-        return texts
+        return pieces
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        while texts := await self.read():
-            for text in texts:
-                yield text
+        while pieces := await self.read():
+            for piece in pieces:
+                yield piece.text
 
     async def wait(self, seconds: float) -> bool:
         """Whether there is something to read, the end too, within so many seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._arrival()
-        return self._arrived()
+        return self.arrived
 
     def ask(self) -> None:
         """Have `progress` brought up to date, soon."""
@@ -128,8 +132,7 @@ class TokenStream:
             return
         self._closed = True
         self._unread.clear()
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self.bell.set()
         if self.ended is None:
             self._upstream.cancel(self.id)
 
@@ -149,16 +152,20 @@ class TokenStream:
     ) -> None:
         self.close()
 
-    def _arrived(self) -> bool:
-        return bool(self._unread) or self.ended is not None or self._closed
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to come, or to read."""
+        return not self._unread and (self.ended is not None or self._closed)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether there is something to read, the end too."""
+        return bool(self._unread) or self.over
 
     async def _arrival(self) -> None:
-        while not self._arrived():
-            self._waiter = self.loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+        while not self.arrived:
+            self.bell.clear()
+            await self.bell.wait()
 
     def _count_read(self, pieces: int) -> None:
         with self._lock:

@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import chain
 from operator import attrgetter
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from ..core.messages import Row, Sampled, SlotChange, Step
 from ..errors import EngineCrashed, EngineLost, ShimmyError, from_code
-from ..types import Failure, ModelFacts
+from ..types import Constraint, Failure, ModelFacts, Scored
 from .backend import LoadSpec, StepResult
 from .channel import WireError
 
@@ -61,6 +61,13 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Answered by `Done`."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class Unload:
     """Answered by `Done`, after which the child ends."""
 
@@ -79,6 +86,20 @@ class Tokenize:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Detokenize:
+    """Answered by `Text`, in order."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compile:
+    """Answered by `Done`, in order."""
+
+    constraint: Constraint
+
+
 # Replies; any request may be answered by `Failed` too
 
 
@@ -93,21 +114,27 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    text: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """An error. `lost` tells an `EngineLost` from the `EngineCrashed` whose code it shares."""
 
     code: str
     message: str
     lost: bool = False
+    param: str | None = None
 
     @classmethod
     def of(cls, error: ShimmyError) -> Failed:
-        return cls(error.code, error.message, isinstance(error, EngineLost))
+        return cls(error.code, error.message, isinstance(error, EngineLost), error.param)
 
     def error(self) -> ShimmyError:
         if self.code == EngineCrashed.code:
             return (EngineLost if self.lost else EngineCrashed)(self.message)
-        return from_code(self.code, self.message)
+        return from_code(self.code, self.message, param=self.param)
 
 
 # Messages
@@ -121,13 +148,19 @@ def encode(message: Any) -> bytes:
     return len(payload).to_bytes(4) + payload
 
 
-def work_request(payload: bytes) -> Load | Work | Unload:
-    found: Load | Work | Unload = _decode(payload, Load | Work | Unload)
+WorkRequest = Load | Work | LoadAdapter | Unload
+
+
+def work_request(payload: bytes) -> WorkRequest:
+    found: WorkRequest = _decode(payload, WorkRequest)
     return found
 
 
-def side_request(payload: bytes) -> Abort | Tokenize:
-    found: Abort | Tokenize = _decode(payload, Abort | Tokenize)
+SideRequest = Abort | Tokenize | Detokenize | Compile
+
+
+def side_request(payload: bytes) -> SideRequest:
+    found: SideRequest = _decode(payload, SideRequest)
     return found
 
 
@@ -157,6 +190,7 @@ def _plain(value: Any) -> Any:
             [row.start for row in rows],
             [row.tokens for row in rows],
             [row.sample for row in rows],
+            value.adapter,
         ]
     if type(value) is StepResult:
         found = value.sampled
@@ -169,6 +203,7 @@ def _plain(value: Any) -> Any:
             [one.piece.decode("latin-1") for one in found],
             [one.end_of_generation for one in found],
             [one.failure for one in found],
+            [one.scored for one in found],
         ]
     if is_dataclass(value):
         return _named_fields(value)
@@ -298,12 +333,13 @@ def _same_length(*lists: Any) -> None:
 
 
 def _step(values: list[Any]) -> Step:
-    _same_length(values, "....")
+    _same_length(values, ".....")
+    (adapter,) = _list(values[4:], str)
     slots, starts = _ids(values[0]), _ids(values[1])
     tokens, samples = _list(values[2], list), _list(values[3], bool)
     _same_length(slots, starts, tokens, samples)
     _ids(list(chain.from_iterable(tokens)))
-    return Step(tuple(map(Row, slots, starts, map(tuple, tokens), samples)))
+    return Step(tuple(map(Row, slots, starts, map(tuple, tokens), samples)), adapter)
 
 
 _LONGEST_PIECE = 4096
@@ -311,7 +347,7 @@ _LONGEST_PIECE = 4096
 
 
 def _step_result(values: list[Any]) -> StepResult:
-    _same_length(values, ".......")
+    _same_length(values, "........")
     seconds, aborted = values[:2]
     if type(seconds) not in {float, int} or type(aborted) is not bool:
         raise WireError("a step's result without its time")
@@ -321,11 +357,26 @@ def _step_result(values: list[Any]) -> StepResult:
     pieces = [piece.encode("latin-1") for piece in _list(values[4], str)]
     if any(len(piece) > _LONGEST_PIECE for piece in pieces):
         raise WireError("a token's text that none can be")
-    ends, failures = _list(values[5], bool), _list(values[6])
-    _same_length(slots, tokens, pieces, ends, failures)
-    none = failures.count(None) == len(failures)
-    why = failures if none else map(_reader(Failure | None), failures)
-    return StepResult(tuple(map(Sampled, slots, tokens, pieces, ends, why)), seconds, aborted)
+    ends, failures, scores = _list(values[5], bool), _list(values[6]), _list(values[7])
+    _same_length(slots, tokens, pieces, ends, failures, scores)
+    why, scored = _rarely(Failure, failures), _rarely(Scored, scores)
+    found = map(Sampled, slots, tokens, pieces, ends, why, scored)
+    return StepResult(tuple(found), seconds, aborted)
+
+
+def _rarely(kind: Any, values: list[Any]) -> Iterable[Any]:
+    none = values.count(None) == len(values)
+    return values if none else map(_reader(kind | None), values)
+
+
+def _scored(values: list[Any]) -> Scored:
+    """A server computes with them, and prints them as JSON."""
+    scored: Scored = _record(Scored)(values)
+    tokens = [(scored.token, scored.piece, scored.logprob), *scored.top]
+    _ids([token for token, _, _ in tokens])
+    if any(len(piece) > _LONGEST_PIECE or not logprob <= 0 for _, piece, logprob in tokens):
+        raise WireError("a log-probability that none can be")
+    return scored
 
 
 def _facts(values: list[Any]) -> ModelFacts:
@@ -341,4 +392,9 @@ def _facts(values: list[Any]) -> ModelFacts:
     return facts
 
 
-_BY_HAND: dict[Any, Read] = {Step: _step, StepResult: _step_result, ModelFacts: _facts}
+_BY_HAND: dict[Any, Read] = {
+    Step: _step,
+    StepResult: _step_result,
+    ModelFacts: _facts,
+    Scored: _scored,
+}

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ..core import messages as m
 from ..core.governor import Governor
@@ -31,12 +32,15 @@ from ..errors import (
 )
 from ..types import Ended, Failure, FinishReason, ModelFacts, Sampling, Timings, Usage
 from .backend import Backend, LoadSpec, Sharing
+from .errands import Errand, Errands
 from .stream import TokenStream
 
 log = logging.getLogger("shimmy_jupyter.engine")
 
+T = TypeVar("T")
+
 _STOPPED = Failure("shutting_down", "the engine is shutting down")
-_Delivery = tuple[TokenStream, "str | m.Progress | Ended"]
+_Delivery = tuple[TokenStream, m.Emit | m.Progress | Ended]
 _ATTEMPTS = 64
 """Of one step: far more than there are numbers of threads to fall back to."""
 _FLOPS = 5e10
@@ -75,7 +79,8 @@ class Engine:
         self._stream_capacity = stream_capacity
         self._clock = clock
         self._ids = itertools.count(1)
-        self._inbox: queue.SimpleQueue[m.Event] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[m.Event | Errand] = queue.SimpleQueue()
+        self._errands = Errands()
         self._streams: dict[int, TokenStream] = {}
         self._outbox: list[_Delivery] = []
         self._facts: Future[ModelFacts] = Future()
@@ -111,6 +116,7 @@ class Engine:
         stop: tuple[str, ...] = (),
         *,
         reproducible: bool = False,
+        adapter: str = "",
         max_seconds: float | None = None,
     ) -> TokenStream:
         """Queue a prompt that is known to fit. Raises `QueueFull`, or what ended the engine.
@@ -126,9 +132,8 @@ class Engine:
                 raise QueueFull(f"{len(self._streams)} requests are open already; try again later")
             stream = TokenStream(next(self._ids), self._stream_capacity, self, principal)
             self._streams[stream.id] = stream
-            self._inbox.put(
-                m.Submitted(stream.id, principal, prompt, max_tokens, sampling, stop, reproducible)
-            )
+            asked = prompt, max_tokens, sampling, stop, reproducible, adapter
+            self._inbox.put(m.Submitted(stream.id, principal, *asked))
         if max_seconds is not None:
             stream.expires = stream.loop.call_later(max_seconds, self.expire, stream.id)
         return stream
@@ -147,6 +152,18 @@ class Engine:
         """Its time is over."""
         self._inbox.put(m.DeadlinePassed(id))
         self._abandon(id)
+
+    async def errand(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises, on the engine's thread between two steps, where the backend
+        may be used. One errand a step: keep it as short as a step. Raises what ended the engine.
+        """
+        errand = Errand(work)
+        with self._gate:
+            if self.failure is not None:
+                raise from_failure(self.failure)
+            self._inbox.put(errand)
+        found: T = await asyncio.wrap_future(errand.done)
+        return found
 
     def ask_progress(self, id: int) -> None:
         """What it is waiting for comes to its stream."""
@@ -239,17 +256,21 @@ class Engine:
         idle = True
         while True:
             for event in self._events(wait=idle):
+                if isinstance(event, Errand):
+                    self._errands.add(event)
+                    continue
                 if isinstance(event, m.Halted):
                     return event.failure
                 self._carry_out(scheduler.handle(event, self._clock()))
             step = self._carry_out(scheduler.handle(m.EngineReady(), self._clock()))
             self._flush()
-            idle = step is None
+            self._errands.run_one()
+            idle = step is None and not self._errands
             if step is not None:
                 self._carry_out(scheduler.handle(self._decode(step), self._clock()))
                 self._flush()
 
-    def _events(self, *, wait: bool) -> Iterable[m.Event]:
+    def _events(self, *, wait: bool) -> Iterable[m.Event | Errand]:
         if wait:
             try:
                 # Those who are paused are looked at once a second; otherwise nothing happens.
@@ -323,7 +344,7 @@ class Engine:
             self._outbox.append((self._streams[instruction.id], instruction))
         else:
             stream = self._streams[instruction.id]
-            self._outbox.append((stream, instruction.text))
+            self._outbox.append((stream, instruction))
             stream.count_sent()
 
     def _finish(self, failure: Failure) -> None:
@@ -332,12 +353,16 @@ class Engine:
             self.failure = failure
         try:
             for event in [m.Halted(failure), *self._events(wait=False)]:
+                if isinstance(event, Errand):
+                    self._errands.add(event)
+                    continue
                 for instruction in self.scheduler.handle(event, self._clock()):
                     if isinstance(instruction, m.Emit | m.Finish):
                         self._send(instruction)
         except Exception:
             # It may be the scheduler that failed.
             log.exception("the engine's end failed too")
+        self._errands.give_up(from_failure(failure))
         # Those whose last word was lost with the failure.
         nothing = Timings(0.0, None, None)
         for id in list(self._streams):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..completion import Completion, Delta
 from ..errors import ShimmyError
 from ..models.lifecycle import ModelStatus
-from ..service import Completion
-from ..types import Ended
+from ..types import Ended, Scored, Usage
 
 if TYPE_CHECKING:  # importing it would load pydantic at the server's start
     from .requests import Parsed
@@ -40,24 +40,68 @@ class Shape:
     def chunk_object(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def choice(self, text: str, reason: str | None) -> dict[str, Any]:
+    def choice(self, index: int, answer: Answer, reason: str | None) -> dict[str, Any]:
+        text = "".join(answer.texts)
         body: dict[str, Any] = (
             {"message": {"role": "assistant", "content": text, "refusal": None}}
             if self.chat
             else {"text": text}
         )
-        return {"index": 0, **body, "logprobs": None, "finish_reason": reason}
+        scores = self.scores(answer.scored, 0) if answer.scored else None
+        return {"index": index, **body, "logprobs": scores, "finish_reason": reason}
 
-    def delta(self, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
+    def delta(
+        self,
+        index: int,
+        delta: dict[str, str],
+        reason: str | None,
+        scores: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         body: dict[str, Any] = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-        return {"index": 0, **body, "logprobs": None, "finish_reason": reason}
+        return {"index": index, **body, "logprobs": scores, "finish_reason": reason}
+
+    def scores(self, scored: Sequence[Scored], offset: int) -> dict[str, Any]:
+        """`offset` is the characters of the answer before these tokens."""
+        if self.chat:
+            return {"content": [_chat_score(one) for one in scored], "refusal": None}
+        offsets = []
+        for one in scored:
+            offsets.append(offset)
+            offset += len(_shown(one.piece))
+        return {
+            "tokens": [_shown(one.piece) for one in scored],
+            "token_logprobs": [one.logprob for one in scored],
+            "top_logprobs": [
+                {_shown(piece): logprob for _, piece, logprob in one.top} for one in scored
+            ],
+            "text_offset": offsets,
+        }
 
 
 CHAT, COMPLETION = Shape(chat=True), Shape(chat=False)
 
 
-def usage(ended: Ended) -> dict[str, Any]:
-    used = ended.usage
+@dataclass(slots=True)
+class Answer:
+    """One choice, as far as it has come."""
+
+    texts: list[str] = field(default_factory=list)
+    scored: list[Scored] = field(default_factory=list)
+
+
+def _shown(piece: bytes) -> str:
+    return piece.decode("utf-8", "replace")
+
+
+def _chat_score(one: Scored) -> dict[str, Any]:
+    def token(piece: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": _shown(piece), "logprob": logprob, "bytes": list(piece)}
+
+    top = [token(piece, logprob) for _, piece, logprob in one.top]
+    return {**token(one.piece, one.logprob), "top_logprobs": top}
+
+
+def usage(used: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": used.prompt_tokens,
         "completion_tokens": used.completion_tokens,
@@ -84,18 +128,26 @@ def figures(request_id: str, ended: Ended) -> dict[str, Any]:
 
 async def body(shape: Shape, parsed: Parsed, completion: Completion, created: int) -> bytes:
     """The whole answer as one JSON body. Raises what ended the completion."""
-    text = await completion.text()
-    ended = completion.ended
     request = parsed.request
+    choices = [Answer() for _ in range(request.n)]
+    while deltas := await completion.read():
+        for delta in deltas:
+            choices[delta.index].texts.append(delta.text)
+            choices[delta.index].scored += delta.scored
     return _dump(
         {
             "id": shape.prefix + request.request_id,
             "object": shape.object,
             "created": created,
             "model": request.model,
-            "choices": [shape.choice(text, ended.reason.value)],
-            "usage": usage(ended),
-            "shimmy": figures(request.request_id, ended),
+            "choices": [
+                shape.choice(index, answer, ended.reason.value)
+                for index, (answer, ended) in enumerate(
+                    zip(choices, completion.endings, strict=True)
+                )
+            ],
+            "usage": usage(completion.usage),
+            "shimmy": figures(request.request_id, completion.ended),
         }
     )
 
@@ -115,9 +167,12 @@ class EventWriter:
         if parsed.include_usage:
             head["usage"] = None
         self._head = head
-        template = event(head | {"choices": [shape.delta({"content": mark}, None)]})
-        before, _, after = template.partition(json.dumps(mark).encode())
-        self._before, self._after = before, after
+        self._spliced: list[tuple[bytes, bytes]] = []
+        for index in range(parsed.request.n):
+            template = event(head | {"choices": [shape.delta(index, {"content": mark}, None)]})
+            before, _, after = template.partition(json.dumps(mark).encode())
+            self._spliced.append((before, after))
+        self._lengths = [0] * parsed.request.n
 
     async def events(self, completion: Completion) -> AsyncIterator[bytes]:
         """Everything to send, some events at a time. An error before the first is raised; a later
@@ -129,21 +184,21 @@ class EventWriter:
             yield self._comment(completion)
             told = True
         try:
-            texts = await completion.read()
+            deltas = await completion.read()
         except ShimmyError as error:
             if not told:
                 raise
             yield event(error.to_json(self._parsed.request.request_id))
             return
-        while texts:
-            yield data + self._texts(texts)
+        while deltas:
+            yield data + b"".join(map(self._delta, deltas))
             data = b""
             try:
-                texts = await completion.read()
+                deltas = await completion.read()
             except ShimmyError as error:
                 yield event(error.to_json(self._parsed.request.request_id))
                 return
-        yield data + self._closing(completion.ended)
+        yield data + self._closing(completion)
 
     def _comment(self, completion: Completion) -> bytes:
         """A line that clients of server-sent events pass over, and proxies count as activity."""
@@ -169,18 +224,32 @@ class EventWriter:
         if not self._shape.chat:
             return b""
         role = {"role": "assistant", "content": ""}
-        return event(self._head | {"choices": [self._shape.delta(role, None)]})
+        return b"".join(
+            event(self._head | {"choices": [self._shape.delta(index, role, None)]})
+            for index in range(self._parsed.request.n)
+        )
 
-    def _texts(self, texts: list[str]) -> bytes:
-        return b"".join(self._before + _quoted(text).encode() + self._after for text in texts)
+    def _delta(self, delta: Delta) -> bytes:
+        if not delta.scored:
+            self._lengths[delta.index] += len(delta.text)
+            before, after = self._spliced[delta.index]
+            return before + _quoted(delta.text).encode() + after
+        scores = self._shape.scores(delta.scored, self._lengths[delta.index])
+        self._lengths[delta.index] += len(delta.text)
+        choice = self._shape.delta(delta.index, {"content": delta.text}, None, scores)
+        return event(self._head | {"choices": [choice]})
 
-    def _closing(self, ended: Ended) -> bytes:
-        extra = {"shimmy": figures(self._parsed.request.request_id, ended)}
-        last = self._head | {"choices": [self._shape.delta({}, ended.reason.value)]}
+    def _closing(self, completion: Completion) -> bytes:
+        extra = {"shimmy": figures(self._parsed.request.request_id, completion.ended)}
+        *others, last = [
+            self._head | {"choices": [self._shape.delta(index, {}, ended.reason.value)]}
+            for index, ended in enumerate(completion.endings)
+        ]
+        before = b"".join(map(event, others))
         if not self._parsed.include_usage:
-            return event(last | extra) + DONE
-        counted = self._head | {"choices": [], "usage": usage(ended)} | extra
-        return event(last) + event(counted) + DONE
+            return before + event(last | extra) + DONE
+        counted = self._head | {"choices": [], "usage": usage(completion.usage)} | extra
+        return before + event(last) + event(counted) + DONE
 
 
 def event(data: dict[str, Any]) -> bytes:

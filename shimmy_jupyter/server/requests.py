@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
-from ..errors import InvalidValue, UnsupportedParameter
-from ..types import CompletionRequest, Message, Principal, Prompt, Sampling
+from ..errors import InvalidValue, UnknownParameter, UnsupportedParameter
+from ..types import CompletionRequest, Constraint, Message, Principal, Prompt, Sampling
 
 _LABELS = frozenset(
     "user metadata prompt_cache_key prompt_cache_retention safety_identifier".split()
@@ -27,22 +27,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "grammar": (),
-    "adapter": (),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
-    "n": (1,),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -50,8 +43,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _MESSAGE_NEUTRAL = ("audio", "function_call", "refusal", "tool_call_id", "tool_calls")
 _MOST_FIELDS = 200
 _MOST_BIASES = 1024
-_FIELDS = ("content", "include_usage", "name", "role", "text", "type")
+_FIELDS = tuple(
+    "content description include_usage json_schema name role schema strict text type value".split()
+)
 _LIMIT = 2**31 - 1
+_MOST_CHOICES = 16
+_MOST_LOGPROBS = 20
 
 
 def _unicode(text: str) -> str:
@@ -70,29 +67,50 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Tokens = Annotated[int, Field(ge=0, le=_LIMIT)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """Strict: a number is no text, and infinity no number."""
+
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-_B = TypeVar("_B", bound=_Body)
+_B = TypeVar("_B", bound=Body)
 
 
-class _Part(_Body):
+class _Part(Body):
     type: Text
     text: Text | None = None
 
 
-class _Message(_Body):
+class Turn(Body):
+    """One message of a chat, as a client writes it."""
+
     role: Name
     content: Text | Annotated[list[_Part], Field(max_length=1000, fail_fast=True)] | None = None
     name: Name | None = None
 
 
-class _StreamOptions(_Body):
+class _Grammar(Body):
+    type: Literal["lark", "regex", "gbnf"]
+    value: Annotated[Text, Field(min_length=1)]
+
+
+class _JsonSchema(Body):
+    name: Name | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+    description: Text | None = None
+
+
+class _ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+
+class _StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class _Common(_Body):
+class _Common(Body):
     model: Name
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
@@ -106,6 +124,12 @@ class _Common(_Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
+    min_tokens: Tokens | None = None
+    ignore_eos: bool | None = None
+    response_format: _ResponseFormat | None = None
+    grammar: _Grammar | None = None
+    adapter: Name | None = None
     logit_bias: dict[str, Bias] | None = None
     reproducible: bool | None = None
     max_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -113,11 +137,13 @@ class _Common(_Body):
 
 
 class _Chat(_Common):
-    messages: Annotated[list[_Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
 
 
-def _prompt(value: Any) -> Prompt:
+def as_prompt(value: Any) -> Prompt:
     """By hand: pydantic tries every branch of a union on every element before it gives up."""
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], int):
         value = value[0]
@@ -134,7 +160,9 @@ def _prompt(value: Any) -> Prompt:
 
 
 class _Completion(_Common):
-    prompt: Annotated[Any, PlainValidator(_prompt)]
+    prompt: Annotated[Any, PlainValidator(as_prompt)]
+    logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
+    suffix: Text | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,25 +177,28 @@ class Parsed:
 
 def parse_chat(body: bytes | dict[str, Any], request_id: str, principal: Principal) -> Parsed:
     """Raises `InvalidValue` or `UnsupportedParameter`, naming the field."""
-    chat = _validated(_Chat, body)
+    chat = validated(_Chat, body)
     wanted = chat.max_completion_tokens
     if wanted is not None and chat.max_tokens not in (None, wanted):
         raise InvalidValue(
             f"max_tokens {chat.max_tokens} and max_completion_tokens {wanted} disagree",
             param="max_completion_tokens",
         )
-    messages = tuple(_message(m, f"messages.{i}") for i, m in enumerate(chat.messages))
+    messages = tuple(as_message(m, f"messages.{i}") for i, m in enumerate(chat.messages))
     limit = chat.max_tokens if wanted is None else wanted
+    if chat.top_logprobs is not None and not chat.logprobs:
+        raise InvalidValue("top_logprobs needs logprobs to be true", param="top_logprobs")
     return _parsed(chat, messages, limit, request_id, principal)
 
 
 def parse_completion(body: bytes | dict[str, Any], request_id: str, principal: Principal) -> Parsed:
     """Raises `InvalidValue` or `UnsupportedParameter`, naming the field."""
-    completion = _validated(_Completion, body)
+    completion = validated(_Completion, body)
     return _parsed(completion, completion.prompt, completion.max_tokens, request_id, principal)
 
 
-def _validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
+def validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
+    """Raises `InvalidValue`, or `UnknownParameter` where the kind forbids further fields."""
     data = _json(body) if isinstance(body, bytes) else body
     if len(data) > _MOST_FIELDS:
         raise InvalidValue(f"the body has {len(data)} fields; {_MOST_FIELDS} are the most")
@@ -179,6 +210,9 @@ def _validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
+        if first["type"] == "extra_forbidden":
+            name = str(first["loc"][-1])[:64]
+            raise UnknownParameter("there is no such field here", param=name) from None
         message = first["msg"].removeprefix("Value error, ")
         raise InvalidValue(message, param=_field(first["loc"])) from None
 
@@ -207,7 +241,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _message(message: _Message, path: str) -> Message:
+def as_message(message: Turn, path: str) -> Message:
+    """Raises `InvalidValue` or `UnsupportedParameter`, naming the field below `path`."""
     extra = message.model_extra or {}
     for name in _MESSAGE_NEUTRAL:
         if extra.get(name):
@@ -234,7 +269,11 @@ def _part(part: _Part, path: str) -> str:
 
 
 def _parsed(
-    body: _Common, prompt: Prompt, max_tokens: int | None, request_id: str, principal: Principal
+    body: _Common,
+    prompt: Prompt,
+    max_tokens: int | None,
+    request_id: str,
+    principal: Principal,
 ) -> Parsed:
     request = CompletionRequest(
         request_id=request_id,
@@ -243,6 +282,9 @@ def _parsed(
         prompt=prompt,
         max_tokens=max_tokens,
         sampling=_sampling(body),
+        suffix=(body.suffix or "") if isinstance(body, _Completion) else "",
+        n=body.n or 1,
+        adapter=body.adapter or "",
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         reproducible=bool(body.reproducible),
         max_seconds=body.max_seconds,
@@ -271,15 +313,41 @@ def _sampling(body: _Common) -> Sampling:
             "presence_penalty",
             "frequency_penalty",
             "seed",
+            "min_tokens",
+            "ignore_eos",
         )
         if (value := getattr(body, name)) is not None
     }
+    logprobs: int | None = None
+    if isinstance(body, _Chat):
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    elif isinstance(body, _Completion):
+        logprobs = body.logprobs
     bias = []
     for token, value in (body.logit_bias or {}).items():
         if not re.fullmatch(r"[0-9]{1,10}", token):
             raise InvalidValue(f"{token[:20]!r} is not a token id", param="logit_bias")
         bias.append((int(token), value))
-    return Sampling(logit_bias=tuple(bias), **given)
+    return Sampling(
+        logit_bias=tuple(bias), logprobs=logprobs, constraint=_constraint(body), **given
+    )
+
+
+def _constraint(body: _Common) -> Constraint | None:
+    """What `response_format` or `grammar` ask for; whether it can be had is for the engine to say."""
+    form, grammar = body.response_format, body.grammar
+    wants_json = form is not None and form.type != "text"
+    if grammar is not None:
+        if wants_json:
+            raise InvalidValue("response_format asks for something else", param="grammar")
+        return Constraint(grammar.type, grammar.value)
+    if form is None or not wants_json:
+        return None
+    if form.type == "json_object":
+        return Constraint("json_object")
+    if form.json_schema is None or form.json_schema.schema_ is None:
+        raise InvalidValue("json_schema needs a schema", param="response_format.json_schema.schema")
+    return Constraint("json_schema", json.dumps(form.json_schema.schema_))
 
 
 def _ignored_inside(body: _Common) -> Iterator[str]:

@@ -152,6 +152,35 @@ class TestOpenAI:
         assert answer.usage.completion_tokens <= 5
         assert answer.choices[0].finish_reason in ("stop", "length")
 
+    def test_choices_log_probabilities_and_a_schema_in_a_stream(
+        self, client: openai.OpenAI
+    ) -> None:
+        properties = {"name": {"enum": ["len", "max"]}, "returns": {"type": "integer"}}
+        schema = {
+            "type": "object", "properties": properties, "required": ["name", "returns"],
+            "additionalProperties": False,
+        }  # fmt: skip
+        form = {"type": "json_schema", "json_schema": {"name": "f", "schema": schema}}
+        chunks = client.chat.completions.create(
+            **{**self.ASK, "temperature": 1}, n=2, seed=3, stream=True, response_format=form,
+            logprobs=True, top_logprobs=2, max_tokens=80,
+        )  # fmt: skip
+        texts, scored, reasons = ["", ""], [b"", b""], [None, None]
+        for chunk in chunks:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                reasons[choice.index] = reasons[choice.index] or choice.finish_reason
+                for one in choice.logprobs.content or [] if choice.logprobs else []:
+                    assert len(one.top_logprobs) == 2
+                    scored[choice.index] += bytes(one.bytes or [])
+        for text, tokens, reason in zip(texts, scored, reasons, strict=True):
+            assert tokens.decode() == text
+            if reason == "stop":
+                answer = json.loads(text)
+                assert answer["name"] in ("len", "max")
+                assert isinstance(answer["returns"], int)
+        assert "stop" in reasons
+
     def test_typed_errors(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**{**self.ASK, "temperature": 3})
@@ -160,7 +189,7 @@ class TestOpenAI:
             client.completions.create(model="self-test", prompt="x y " * 2000)
         assert caught.value.code == "context_length_exceeded"
         with pytest.raises(openai.BadRequestError) as caught:
-            client.chat.completions.create(**self.ASK, n=2)
+            client.chat.completions.create(**self.ASK, store=True)
         assert caught.value.code == "unsupported_parameter"
 
     def test_a_wrong_key(self, server: RunningServer) -> None:

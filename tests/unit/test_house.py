@@ -22,8 +22,9 @@ MAY_NEED: dict[str, set[str]] = {
     "core": LOW,
     "models": LOW,
     "engine": LOW | {"core"},
-    "service": LOW | {"core", "engine", "models"},
-    "server": LOW | {"core", "engine", "models", "service"},
+    "completion": LOW | {"core", "engine"},
+    "service": LOW | {"core", "engine", "models", "completion"},
+    "server": LOW | {"core", "engine", "models", "completion", "service"},
     "notebook": LOW,
 }
 EDGE = {"config", "compose", "kernel", "cli", "bench", "__init__", "server.app"}
@@ -93,7 +94,7 @@ def test_modules_stay_small() -> None:
     assert {dotted(p): n for p in MODULES if (n := len(p.read_text().splitlines())) > 400} == {}
 
 
-HEAVY = ("llama_cpp", "numpy", "ipywidgets", "pydantic", "httpx")
+HEAVY = ("llama_cpp", "llguidance", "numpy", "ipywidgets", "pydantic", "httpx")
 
 
 @pytest.mark.parametrize(

@@ -527,6 +527,40 @@ class TestReproducible:
         assert d.ended(2).ended.usage.cached_tokens == 0
 
 
+class TestAdapters:
+    def test_each_step_has_one_and_they_take_turns(self) -> None:
+        d = Driver(LARGE)
+        for id, adapter in enumerate(["", "x", "y", "x"], start=1):
+            d.handle(submitted(id, prompt=10 + id, max_tokens=30, adapter=adapter))
+        order = []
+        for _ in range(30):
+            rows = d.plan()
+            assert d.scheduler.step is not None
+            assert {d.scheduler.running[id].adapter for id in rows} == {d.scheduler.step.adapter}
+            order.append(d.scheduler.step.adapter)
+            d.decode()
+        assert order == ["", "x", "y"] * 10
+        d.run()
+        assert all(d.ended(id).ended.reason is FinishReason.LENGTH for id in range(1, 5))
+
+    def test_the_same_beginning_is_read_again(self) -> None:
+        d = Driver(LARGE)
+        prompt = tuple(range(100))
+        for id, adapter in enumerate(["", "x", "x", ""], start=1):
+            d.handle(m.Submitted(id, "p", prompt, 2, GREEDY, adapter=adapter))
+            d.run()
+        assert [d.ended(id).ended.usage.cached_tokens for id in range(1, 5)] == [0, 0, 99, 99]
+
+    def test_one_that_has_no_room_keeps_nobody_from_their_turn(self) -> None:
+        d = Driver()
+        d.handle(submitted(1, prompt=3, max_tokens=20))
+        d.plan(), d.decode()
+        d.handle(submitted(2, prompt=20, max_tokens=12, adapter="x"))
+        d.handle(submitted(3, prompt=20, max_tokens=12, adapter="y"))
+        d.run()
+        assert all(d.ended(id).ended.reason is FinishReason.LENGTH for id in (1, 2, 3))
+
+
 class TestDeadlines:
     @pytest.mark.parametrize("when", ["queued", "in step", "between steps"])
     def test_it_ends_wherever_it_is(self, when: str) -> None:

@@ -1,8 +1,9 @@
 """Whatever a server and its clients can do, in any order: what must hold after every step.
 
 The machine keeps what a backend would: the cells of each slot, with the token in each and whose
-prompt it was computed for. So a row at a wrong position, a cell with a wrong token, a slot changed
-that is not open, and KV of one principal under another's sequence are all found out.
+prompt and with which adapter it was computed. So a row at a wrong position, a cell with a wrong token, a
+slot changed that is not open, and KV of one principal, or adapter, under another's sequence are all found
+out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from shimmy_jupyter.types import Failure, FinishReason, Sampling
 GREEDY = Sampling(temperature=0)
 WEIGHTS = {"b": 2.0}
 PUBLIC = tuple(range(40))
-Cell = tuple[int, str]
+Cell = tuple[int, tuple[str, str]]
 
 CAPACITIES = [
     m.Capacity(
@@ -99,7 +100,7 @@ class Machine(RuleBasedStateMachine):
         cells = self.cells[row.slot]
         assert len(cells) == row.start
         (sequence,) = [s for s in self.scheduler.running.values() if s.slot == row.slot]
-        cells += [(token, sequence.principal) for token in row.tokens]
+        cells += [(token, sequence.owner) for token in row.tokens]
 
     @rule(
         target=ids,
@@ -110,14 +111,16 @@ class Machine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 20),
         stop=st.sampled_from([(), ("ab",), ("b", "aab")]),
         reproducible=st.sampled_from([False, False, False, True]),
+        adapter=st.sampled_from(["", "", "x", "y"]),
     )
     def submit(
         self, who: str, shared: int, own: int, kind: int, max_tokens: int, stop: tuple[str, ...],
-        reproducible: bool,
+        reproducible: bool, adapter: str,
     ) -> int:  # fmt: skip
         self.count += 1
         prompt = (*range(shared), *range(1000 * (kind + 1), 1000 * (kind + 1) + own))
-        event = m.Submitted(self.count, who, prompt, max_tokens, GREEDY, stop, reproducible)
+        asked = prompt, max_tokens, GREEDY, stop, reproducible, adapter
+        event = m.Submitted(self.count, who, *asked)
         self.asked[event.id], self.text[event.id] = event, ""
         self.send(event)
         return event.id
@@ -207,7 +210,7 @@ class Machine(RuleBasedStateMachine):
         for sequence in self.scheduler.running.values():
             held = self.cells[sequence.slot]
             assert tuple(token for token, _ in held) == sequence.computed()
-            self.check_owners(held, sequence.principal)
+            self.check_owners(held, sequence.owner)
         for slot, entry in room.prefixes.kept.items():
             assert tuple(token for token, _ in self.cells[slot]) == entry.tokens
         assert {k: len(v) for k, v in self.saved.items()} == {
@@ -216,8 +219,9 @@ class Machine(RuleBasedStateMachine):
         for slot in room.free_slots:
             assert not self.cells.get(slot)
 
-    def check_owners(self, held: list[Cell], principal: str) -> None:
-        foreign = [at for at, (_, owner) in enumerate(held) if owner != principal]
+    def check_owners(self, held: list[Cell], mine: tuple[str, str]) -> None:
+        assert all(owner[1] == mine[1] for _, owner in held)
+        foreign = [at for at, (_, owner) in enumerate(held) if owner != mine]
         assert all(at < len(self.public) for at in foreign)
 
     @invariant()

@@ -16,12 +16,13 @@ from typing import Any
 from ...core.messages import CloseSlot, OpenSlot, SlotChange, Step
 from ...core.planning import PRIVATE_SLICE
 from ...errors import EngineCrashed, EngineLost, ModelLoadFailed
-from ...types import ModelFacts
+from ...types import Constraint, ModelFacts
 from .. import processors
 from ..alarm import Alarm
 from ..backend import LoadSpec, StepResult
 from . import facts, offload
 from .binding import give_back_memory, initialise, listen, native, quick, why
+from .constraints import Constraints
 from .context import AbortFlag, Context, ContextSpec
 from .facts import Vocabulary
 
@@ -32,6 +33,8 @@ _DEFAULT_KV_TOKENS = 16384
 _KV_MEMORY_SHARE = 4
 _OWN_CACHES_BYTES = 256 << 20
 _MOST_SLOTS = 256  # llama.cpp's own limit
+_MOST_ADAPTERS = 32
+"""Freed with the model only, as the KV cache's sequences refer to them."""
 
 
 class LlamaBackend:
@@ -40,11 +43,13 @@ class LlamaBackend:
     def __init__(self) -> None:
         self._model: Any = None
         self._vocabulary: Vocabulary
+        self._constraints: Constraints | None = None
         self._shared: Context | None = None
         self._private: Context | None = None
         self._private_slot = -1
         self._flag = AbortFlag()
         self._alarm = Alarm(self._flag.raise_)
+        self._adapters: dict[str, Any] = {}
         self._can_trim = True
         self._threads = 1
         self._in_use = threading.Lock()
@@ -85,13 +90,14 @@ class LlamaBackend:
             # Where every token asks for an output, a long prompt would end the process.
             raise ModelLoadFailed("this model only makes embeddings: it cannot continue a prompt")
         self._vocabulary = vocabulary = Vocabulary(model)
+        self._constraints = constraints = Constraints(vocabulary)
         self._can_trim = not (
             quick.llama_model_is_recurrent(model) or quick.llama_model_is_hybrid(model)
         )
         self._threads = spec.threads or processors.available()
         context_size, shape = self._sizes(spec)
         self._private_slot = shape.slots
-        self._shared = Context(model, vocabulary, shape, self._flag)
+        self._shared = Context(model, constraints, shape, self._flag)
         if not self._shared.ok:
             raise ModelLoadFailed(
                 f"llama.cpp could not make a context of {shape.kv_tokens} tokens; "
@@ -117,6 +123,7 @@ class LlamaBackend:
             vocabulary=vocabulary.size,
             chat_template=facts.chat_template(model),
             special=vocabulary.named(),
+            infill=vocabulary.infill(),
             longest_token=max(map(len, texts)),
             special_tokens=tuple(vocabulary.special(texts)),
             slots=shape.slots,
@@ -169,6 +176,10 @@ class LlamaBackend:
             if self._shared is not None:
                 self._shared.close()
                 self._shared = None
+            self._adapters.clear()
+            if self._constraints is not None:
+                self._constraints.close()
+                self._constraints = None
             if self._model:
                 native.llama_model_free(self._model)
                 self._model = None
@@ -185,9 +196,32 @@ class LlamaBackend:
             raise EngineCrashed("llama.cpp could not tokenize the prompt")
         return tokens
 
+    def detokenize(self, tokens: tuple[int, ...]) -> bytes:
+        with self._in_use:
+            if not self._model:
+                raise EngineLost("the model has been unloaded")
+            return self._vocabulary.detokenize(tokens)
+
+    def compile(self, constraint: Constraint) -> None:
+        with self._in_use:
+            if self._constraints is None:
+                raise EngineLost("the model has been unloaded")
+            self._constraints.compile(constraint)
+
     def check(self) -> None:
         if not self._model:
             raise EngineLost("the model has been unloaded")
+
+    def load_adapter(self, path: str) -> None:
+        if path in self._adapters:
+            return
+        if len(self._adapters) >= _MOST_ADAPTERS:
+            raise ModelLoadFailed(f"this model has {_MOST_ADAPTERS} adapters already, the most")
+        listen()
+        adapter = native.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
+            raise ModelLoadFailed(f"llama.cpp refused the adapter: {why(path)}")
+        self._adapters[path] = adapter
 
     def apply(self, change: SlotChange) -> None:
         shared = self._shared
@@ -211,7 +245,8 @@ class LlamaBackend:
         if limit is not None and self._can_trim:
             self._alarm.arm(limit)
         try:
-            done = context.decode(rows, self._threads if private else threads)
+            adapter = self._adapters[step.adapter] if step.adapter else None
+            done = context.decode(rows, self._threads if private else threads, adapter)
         finally:
             self._alarm.disarm()
             # Not before the step: an abort that comes just then would be lost.
@@ -230,7 +265,8 @@ class LlamaBackend:
         """A context of its own, each time: nothing that was there before can change a sum."""
         tokens = math.ceil(slot.private_tokens / 256) * 256
         spec = ContextSpec(tokens, 1, PRIVATE_SLICE, self._threads)
-        context = Context(self._model, self._vocabulary, spec, self._flag)
+        assert self._constraints is not None
+        context = Context(self._model, self._constraints, spec, self._flag)
         if not context.ok:
             return
         self._private = context

@@ -22,15 +22,10 @@ from ...core.messages import (
     TrimSlot,
 )
 from ...errors import EngineCrashed, EngineLost
-from ...types import Failure
 from .binding import native, quick
-from .facts import Vocabulary
-from .sampling import sampler_chain
+from .constraints import Constraints
+from .slot import NOT_FINITE, SlotSampler
 
-NOT_FINITE = Failure(
-    "generation_failed",
-    "the model computed numbers that are not finite; its file is probably damaged",
-)
 _ABORTED = 2
 
 
@@ -70,7 +65,7 @@ class Context:
     """One thread uses it. Where llama.cpp could not make it, `ok` is False."""
 
     def __init__(
-        self, model: Any, vocabulary: Vocabulary, spec: ContextSpec, flag: AbortFlag
+        self, model: Any, constraints: Constraints, spec: ContextSpec, flag: AbortFlag
     ) -> None:
         params = native.llama_context_default_params()
         params.n_ctx = spec.kv_tokens
@@ -83,10 +78,12 @@ class Context:
         params.no_perf = True
         self.handle = native.llama_init_from_model(model, params)
         self.ok = bool(self.handle)
-        self.samplers: dict[int, Any] = {}
-        self.saved: dict[int, Any] = {}
-        self._vocabulary = vocabulary
+        self.samplers: dict[int, SlotSampler] = {}
+        self.saved: dict[int, bytearray] = {}
+        self._constraints = constraints
+        self._vocabulary = constraints.vocabulary
         self._flag = flag
+        self._adapter: Any = None
         self._threads = spec.threads
         self._alone = spec.slots == 1
         if not self.ok:
@@ -112,10 +109,11 @@ class Context:
     def apply(self, change: SlotChange) -> None:
         match change:
             case OpenSlot():
-                chain = sampler_chain(change.sampling, self._vocabulary.size)
-                self.samplers[change.slot] = chain
-                for token in change.recent:
-                    quick.llama_sampler_accept(chain, token)
+                wanted = change.sampling.constraint
+                matcher = None if wanted is None else self._constraints.matcher(wanted)
+                self.samplers[change.slot] = SlotSampler(
+                    change.sampling, self._vocabulary, change.recent, matcher
+                )
             case CloseSlot():
                 self._close_sampler(change.slot)
                 self._trim(change.slot, change.keep)
@@ -131,7 +129,7 @@ class Context:
                 del self.saved[change.key]
 
     def _close_sampler(self, slot: int) -> None:
-        quick.llama_sampler_free(self.samplers.pop(slot))
+        self.samplers.pop(slot).close()
 
     def _trim(self, slot: int, tokens: int) -> None:
         """Forget positions from `tokens` on."""
@@ -139,26 +137,35 @@ class Context:
 
     def _save(self, slot: int, key: int) -> None:
         size = quick.llama_state_seq_get_size(self.handle, slot)
-        data = (ctypes.c_uint8 * size)()
-        if native.llama_state_seq_get_data(self.handle, data, size, slot) != size:
+        # No array of ctypes: each size would be a type of its own, which stays for long.
+        data = bytearray(size)
+        begin = ctypes.byref(ctypes.c_uint8.from_buffer(data))
+        if native.llama_state_seq_get_data(self.handle, begin, size, slot) != size:
             raise EngineLost("llama.cpp could not save a sequence's KV")
         self.saved[key] = data
 
     def _restore(self, key: int, slot: int) -> None:
         data = self.saved[key]
-        if not native.llama_state_seq_set_data(self.handle, data, len(data), slot):
+        begin = ctypes.byref(ctypes.c_uint8.from_buffer(data))
+        if not native.llama_state_seq_set_data(self.handle, begin, len(data), slot):
             raise EngineLost("llama.cpp could not restore a sequence's KV")
 
     # Decoding
 
     def decode(
-        self, rows: Sequence[Row], threads: int
+        self, rows: Sequence[Row], threads: int, adapter: Any = None
     ) -> tuple[float, list[tuple[int, int]]] | None:
         """Seconds and the (slot, batch index) pairs to sample; None where it was aborted."""
         if threads != self._threads:
             quick.llama_set_n_threads(self.handle, threads, threads)
             self._threads = threads
+        if adapter is not self._adapter:
+            self._use(adapter)
         asked = self._fill(rows)
+        asking = [self.samplers[slot] for slot, _ in asked if slot in self.samplers]
+        matchers = [one.matcher for one in asking if one.matcher is not None]
+        if matchers:
+            self._constraints.prepare(matchers)
         began = time.perf_counter()
         code = native.llama_decode(self.handle, self.batch)
         seconds = time.perf_counter() - began
@@ -170,13 +177,16 @@ class Context:
             raise EngineCrashed(f"llama.cpp could not decode this batch (llama_decode: {code})")
         return seconds, asked
 
+    def _use(self, adapter: Any) -> None:
+        count = int(adapter is not None)
+        adapters = (native.llama_adapter_lora_p_ctypes * 1)(adapter)
+        scales = (ctypes.c_float * 1)(1.0)
+        if native.llama_set_adapters_lora(self.handle, adapters, count, scales):
+            raise EngineCrashed("llama.cpp could not use this adapter")
+        self._adapter = adapter
+
     def sample(self, slot: int, index: int) -> Sampled:
-        token = quick.llama_sampler_sample(self.samplers[slot], self.handle, index)
-        # Sampling from NaN or -inf logits yields a token without complaint.
-        if not math.isfinite(quick.llama_get_logits_ith(self.handle, index)[token]):
-            return Sampled(slot, token, b"", False, NOT_FINITE)
-        piece, end = self._vocabulary.piece(token)
-        return Sampled(slot, token, piece, end)
+        return self.samplers[slot].sample(self.handle, slot, index)
 
     def works(self) -> str | None:
         """Decode one token, so that the first request does not pay for first touches.

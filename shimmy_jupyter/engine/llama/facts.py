@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,13 +61,15 @@ class Vocabulary:
         self.size = int(quick.llama_vocab_n_tokens(self.handle))
         self.bos = int(quick.llama_vocab_bos(self.handle))
         self._pieces: dict[int, tuple[bytes, bool]] = {}
+        self._texts: dict[int, bytes] = {}
 
     def tokenize(self, text: str) -> tuple[int, ...] | None:
         """Special tokens recognised, BOS in front once; None where llama.cpp cannot."""
         data = text.encode()
-        room = len(data) + 2
-        tokens = (native.llama_token * room)()
-        count = native.llama_tokenize(self.handle, data, len(data), tokens, room, False, True)
+        tokens = _tokens(len(data) + 2)
+        count = native.llama_tokenize(
+            self.handle, data, len(data), tokens, len(tokens), False, True
+        )
         if count < 0:
             return None
         found = tuple(tokens[:count])
@@ -74,6 +77,29 @@ class Vocabulary:
         if quick.llama_vocab_get_add_bos(self.handle) and found[:1] != (self.bos,):
             return (self.bos, *found)
         return found
+
+    def plain(self, text: str) -> tuple[int, ...]:
+        """The text's own tokens: nothing is added, and nothing in it is special."""
+        data = text.encode()
+        tokens = _tokens(len(data) + 2)
+        count = native.llama_tokenize(
+            self.handle, data, len(data), tokens, len(tokens), False, False
+        )
+        return tuple(tokens[: max(0, count)])
+
+    def detokenize(self, tokens: tuple[int, ...]) -> bytes:
+        """Special tokens as they are written in a prompt."""
+        values = _tokens(len(tokens))
+        values[: len(tokens)] = tokens
+        size = 64 << len(tokens).bit_length()
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = native.llama_detokenize(
+                self.handle, values, len(tokens), buffer, size, False, True
+            )
+            if count >= 0:
+                return buffer.raw[:count]
+            size = 1 << (-count).bit_length()
 
     def piece(self, token: int) -> tuple[bytes, bool]:
         """A token's bytes (none for control tokens) and whether it ends a generation."""
@@ -83,24 +109,48 @@ class Vocabulary:
             known = self._pieces[token] = (self._bytes(token, special=False), end)
         return known
 
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Every token that ends a generation."""
+        is_end = quick.llama_vocab_is_eog
+        return tuple(token for token in range(self.size) if is_end(self.handle, token))
+
+    def text(self, token: int) -> bytes:
+        """A token's bytes, those of control tokens as they are written in a prompt."""
+        known = self._texts.get(token)
+        if known is None:
+            known = self._texts[token] = self._bytes(token, special=True)
+        return known
+
     def named(self) -> dict[str, str]:
         """The special tokens that chat templates name."""
         eos = quick.llama_vocab_eos(self.handle)
         return {"bos_token": self._text(self.bos), "eos_token": self._text(eos)}
+
+    def infill(self) -> tuple[str, ...]:
+        """The special tokens before prefix, suffix and middle; none where one of them is missing."""
+        get = quick.llama_vocab_fim_pre, quick.llama_vocab_fim_suf, quick.llama_vocab_fim_mid
+        tokens = [one(self.handle) for one in get]
+        return tuple(map(self._text, tokens)) if min(tokens) >= 0 else ()
 
     def texts(self) -> list[bytes]:
         """As stored: byte-level vocabularies write some bytes as two."""
         get = quick.llama_vocab_get_text
         return [get(self.handle, token) or b"" for token in range(self.size)]
 
+    @functools.cached_property
+    def marked(self) -> frozenset[int]:
+        """Tokens that are special wherever their text stands in a prompt."""
+        marks = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_USER_DEFINED
+        attributes = quick.llama_vocab_get_attr
+        return frozenset(t for t in range(self.size) if attributes(self.handle, t) & marks)
+
     def special(self, texts: list[bytes]) -> Iterator[str]:
-        marked = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_USER_DEFINED
-        for token, text in enumerate(texts):
-            if quick.llama_vocab_get_attr(self.handle, token) & marked:
-                yield text.decode("utf-8", "replace")
+        for token in sorted(self.marked):
+            yield texts[token].decode("utf-8", "replace")
 
     def _text(self, token: int) -> str:
-        return self._bytes(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+        return self.text(token).decode("utf-8", "replace") if token >= 0 else ""
 
     def _bytes(self, token: int, *, special: bool) -> bytes:
         size = 64
@@ -109,4 +159,9 @@ class Vocabulary:
             count = quick.llama_token_to_piece(self.handle, token, buffer, size, 0, special)
             if count >= 0:
                 return buffer.raw[:count]
-            size = -count
+            size = 1 << (-count).bit_length()
+
+
+def _tokens(count: int) -> Any:
+    """Room for so many or more. Sizes are powers of two, as each is a type of its own to ctypes."""
+    return (native.llama_token * (1 << count.bit_length()))()

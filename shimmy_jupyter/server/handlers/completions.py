@@ -11,35 +11,21 @@ from jupyter_server.auth.decorator import authorized
 from tornado import web
 from tornado.iostream import StreamClosedError
 
-from ...errors import Cancelled, RequestTooLarge
-from ...service import Completion
+from ...completion import Completion
+from ...errors import Cancelled
 from .. import answers
-from .base import ShimmyHandler
+from .body import BodyHandler
 
 _SMALL = 64 * 1024
 _NAMED = 20
 """How many ignored fields the header names."""
 
 
-class _GeneratingHandler(ShimmyHandler):
-    """Collects the body up to the route's own limit and streams or writes one completion."""
+class _GeneratingHandler(BodyHandler):
+    """Streams or writes one completion."""
 
     _completion: Completion | None = None
     _gone = False
-
-    async def prepare(self) -> None:  # type: ignore[override]
-        self._limit: int = self.settings["shimmy_max_request_bytes"]
-        self._body = bytearray()
-        self._received = 0
-        await super().prepare()
-        length = self.request.headers.get("Content-Length", "0")
-        if length.isdigit():
-            self._check_size(int(length))
-
-    def data_received(self, chunk: bytes) -> None:
-        self._received += len(chunk)
-        if self._received <= self._limit:
-            self._body += chunk
 
     def on_connection_close(self) -> None:
         # Tornado's own frees a handler whose client hung up amid the body.
@@ -48,15 +34,8 @@ class _GeneratingHandler(ShimmyHandler):
         if self._completion is not None:
             self._completion.close()
 
-    def _check_size(self, size: int) -> None:
-        if size > self._limit:
-            raise RequestTooLarge(
-                f"the body has {size} bytes; ShimmyLimits.max_request_size allows {self._limit}"
-            )
-
     async def _complete(self, api: _Api) -> None:
-        self._check_size(self._received)
-        body, self._body = bytes(self._body), bytearray()
+        body = self.take_body()
         # Off the event loop, for the sake of others when it is large.
         parse = functools.partial(api.parse, body, self.request_id, self.principal)
         parsed = parse() if len(body) < _SMALL else await asyncio.to_thread(parse)

@@ -1,0 +1,131 @@
+"""An answer in the making: one stream for each choice, read as one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from .core.messages import Progress
+from .engine.stream import TokenStream
+from .errors import Cancelled
+from .types import CompletionRequest, Ended, FinishReason, Scored, Timings, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text of one choice, with the tokens it came from where log-probabilities were asked for."""
+
+    index: int
+    text: str
+    scored: tuple[Scored, ...] = ()
+
+
+class Completion:
+    """Read it; then `endings` holds each choice's reason, and `usage` the exact counts.
+
+    It owns its sequences: leaving the `async with` block, or `close`, frees them. `bell` rings when
+    something has arrived on one of `streams`; without any, every choice is empty.
+    """
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        prompt_tokens: int,
+        streams: tuple[TokenStream, ...] = (),
+        bell: asyncio.Event | None = None,
+    ) -> None:
+        self.request = request
+        self.prompt_tokens = prompt_tokens
+        self._streams = streams
+        self._bell = bell or asyncio.Event()
+
+    async def read(self) -> list[Delta]:
+        """All that has arrived since the last call, waiting for some; empty at the end.
+
+        Raises the error that ended a sequence, or `Cancelled` if somebody closed it.
+        """
+        while not (found := self._arrived()) and not self._over():
+            await self._ring()
+        if not found and any(e.reason is FinishReason.CANCELLED for e in self.endings):
+            raise Cancelled("the request was cancelled")
+        return found
+
+    async def wait(self, seconds: float) -> bool:
+        """Whether there is something to read, the end too, within so many seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                while not (self._over() or any(stream.arrived for stream in self._streams)):
+                    await self._ring()
+        except TimeoutError:
+            return False
+        return True
+
+    def waiting(self) -> Progress | None:
+        """What it waited for a moment ago, None if that is not known yet; asks again."""
+        for stream in self._streams:
+            stream.ask()
+        return self._streams[0].progress if self._streams else None
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """The first choice's text."""
+        while found := await self.read():
+            for delta in found:
+                if not delta.index:
+                    yield delta.text
+
+    async def text(self) -> str:
+        """The whole answer, of the first choice."""
+        return "".join([text async for text in self])
+
+    @property
+    def ended(self) -> Ended:
+        """How the first choice ended."""
+        return self.endings[0]
+
+    @property
+    def endings(self) -> list[Ended]:
+        """How each choice ended; only meaningful once everything has been read."""
+        nothing, never = Usage(self.prompt_tokens, 0), Timings(0.0, None, None)
+        if not self._streams:
+            return [Ended(FinishReason.LENGTH, nothing, never)] * self.request.n
+        gone = Ended(FinishReason.CANCELLED, nothing, never)
+        return [stream.ended or gone for stream in self._streams]
+
+    @property
+    def usage(self) -> Usage:
+        """Of all choices together; the prompt, which they share, counts once."""
+        each = [ended.usage for ended in self.endings]
+        generated = sum(usage.completion_tokens for usage in each)
+        return Usage(self.prompt_tokens, generated, each[0].cached_tokens)
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _arrived(self) -> list[Delta]:
+        return [
+            Delta(index, piece.text, piece.scored)
+            for index, stream in enumerate(self._streams)
+            for piece in stream.take()
+        ]
+
+    def _over(self) -> bool:
+        return all(stream.over for stream in self._streams)
+
+    async def _ring(self) -> None:
+        self._bell.clear()
+        await self._bell.wait()

@@ -1,0 +1,83 @@
+"""Bodies of our own routes about tokens. What they do not define is refused, not ignored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, PlainValidator
+
+from ..errors import InvalidValue
+from ..types import Message, Prompt
+from .requests import Body, Name, Turn, as_message, as_prompt, validated
+
+MAX_TOKENS = 1 << 17
+"""The most that are made a text of at once."""
+
+
+class _Own(Body):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model: Name
+
+
+class _Tokenize(_Own):
+    prompt: Annotated[Any, PlainValidator(as_prompt)] | None = None
+    messages: (
+        Annotated[list[Turn], Field(min_length=1, max_length=10_000, fail_fast=True)] | None
+    ) = None
+
+
+class _Detokenize(_Own):
+    tokens: Annotated[Any, PlainValidator(as_prompt)]
+
+
+class _Template(_Own):
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=10_000, fail_fast=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenize:
+    """What to count: a text, or a chat."""
+
+    model: str
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenize:
+    model: str
+    tokens: tuple[int, ...]
+
+
+def parse_tokenize(body: bytes) -> Tokenize:
+    """Raises `InvalidValue` or `UnknownParameter`, naming the field."""
+    asked = validated(_Tokenize, body)
+    if (asked.prompt is None) == (asked.messages is None):
+        raise InvalidValue("either a prompt or messages, please", param="prompt")
+    if asked.messages is not None:
+        return Tokenize(asked.model, _messages(asked.messages))
+    if not isinstance(asked.prompt, str):
+        raise InvalidValue("a prompt to tokenize is a text", param="prompt")
+    return Tokenize(asked.model, asked.prompt)
+
+
+def parse_detokenize(body: bytes) -> Detokenize:
+    """Raises `InvalidValue` or `UnknownParameter`, naming the field."""
+    asked = validated(_Detokenize, body)
+    if isinstance(asked.tokens, str):
+        raise InvalidValue("tokens are a list of token ids", param="tokens")
+    if len(asked.tokens) > MAX_TOKENS:
+        raise InvalidValue(
+            f"{len(asked.tokens)} tokens; at most {MAX_TOKENS} at once", param="tokens"
+        )
+    return Detokenize(asked.model, asked.tokens)
+
+
+def parse_template(body: bytes) -> Tokenize:
+    """Raises `InvalidValue` or `UnknownParameter`, naming the field."""
+    asked = validated(_Template, body)
+    return Tokenize(asked.model, _messages(asked.messages))
+
+
+def _messages(turns: list[Turn]) -> tuple[Message, ...]:
+    return tuple(as_message(turn, f"messages.{i}") for i, turn in enumerate(turns))
