@@ -57,6 +57,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--serial-to", type=int, default=8, help="most clients for a peer that serves one at a time"
     )
+    parser.add_argument(
+        "--busy", type=names, help="processes beside; else 0,1 and one for each core"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "bench.json")
     parser.add_argument("--folder", type=Path, default=HERE / "results", help="of the models")
@@ -77,6 +80,7 @@ def plan(options: argparse.Namespace, model: prompts.Model) -> Plan:
         long_tokens=options.long,
         clients=tuple(map(int, clients)),
         serial_to=options.serial_to,
+        busy=tuple(map(int, options.busy)) if options.busy else (),
     )
 
 

@@ -24,6 +24,7 @@ class Plan:
     long_tokens: int
     clients: tuple[int, ...]
     serial_to: int
+    busy: tuple[int, ...] = ()
 
     def setup(self, **changes: Any) -> peers.Setup:
         return peers.Setup(model=self.file, **changes)

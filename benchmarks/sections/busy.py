@@ -38,7 +38,8 @@ def run(plan: Plan) -> dict[str, Any]:
     }
     repeats = plan.repeats if plan.quick else max(5, plan.repeats)
     with peers.opened(wanted) as (sides, skipped):
-        rows = [_row(plan, sides, busy, repeats) for busy in sorted({0, 1, peers.cores()})]
+        counts = plan.busy or sorted({0, 1, peers.cores()})
+        rows = [_row(plan, sides, busy, repeats) for busy in counts]
     return {
         "rows": rows,
         "skipped": skipped,
