@@ -232,8 +232,7 @@ class Soak:
 
     async def _read(self, plan: Plan) -> None:
         async with await self.service.start(plan.request) as completion:
-            stream = completion.stream
-            if stream is not None:
+            for stream in completion.streams:
                 self._streams.add(stream)
                 self._serial(stream)
                 assert isinstance(stream._upstream, Engine)

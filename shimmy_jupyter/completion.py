@@ -27,7 +27,7 @@ class Completion:
     """Read it; then `endings` holds each choice's reason, and `usage` the exact counts.
 
     It owns its sequences: leaving the `async with` block, or `close`, frees them. `bell` rings when
-    something has arrived on one of `streams`; without any, every choice is empty.
+    something has arrived on one of `streams`, one for each choice; without any, every choice is empty.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Completion:
     ) -> None:
         self.request = request
         self.prompt_tokens = prompt_tokens
-        self._streams = streams
+        self.streams = streams
         self._bell = bell or asyncio.Event()
 
     async def read(self) -> list[Delta]:
@@ -57,7 +57,7 @@ class Completion:
         """Whether there is something to read, the end too, within so many seconds."""
         try:
             async with asyncio.timeout(seconds):
-                while not (self._over() or any(stream.arrived for stream in self._streams)):
+                while not (self._over() or any(stream.arrived for stream in self.streams)):
                     await self._ring()
         except TimeoutError:
             return False
@@ -65,9 +65,9 @@ class Completion:
 
     def waiting(self) -> Progress | None:
         """What it waited for a moment ago, None if that is not known yet; asks again."""
-        for stream in self._streams:
+        for stream in self.streams:
             stream.ask()
-        return self._streams[0].progress if self._streams else None
+        return self.streams[0].progress if self.streams else None
 
     async def __aiter__(self) -> AsyncIterator[str]:
         """The first choice's text."""
@@ -89,10 +89,10 @@ class Completion:
     def endings(self) -> list[Ended]:
         """How each choice ended; only meaningful once everything has been read."""
         nothing, never = Usage(self.prompt_tokens, 0), Timings(0.0, None, None)
-        if not self._streams:
+        if not self.streams:
             return [Ended(FinishReason.LENGTH, nothing, never)] * self.request.n
         gone = Ended(FinishReason.CANCELLED, nothing, never)
-        return [stream.ended or gone for stream in self._streams]
+        return [stream.ended or gone for stream in self.streams]
 
     @property
     def usage(self) -> Usage:
@@ -102,7 +102,7 @@ class Completion:
         return Usage(self.prompt_tokens, generated, each[0].cached_tokens)
 
     def close(self) -> None:
-        for stream in self._streams:
+        for stream in self.streams:
             stream.close()
 
     async def __aenter__(self) -> Self:
@@ -119,12 +119,12 @@ class Completion:
     def _arrived(self) -> list[Delta]:
         return [
             Delta(index, piece.text, piece.scored)
-            for index, stream in enumerate(self._streams)
+            for index, stream in enumerate(self.streams)
             for piece in stream.take()
         ]
 
     def _over(self) -> bool:
-        return all(stream.over for stream in self._streams)
+        return all(stream.over for stream in self.streams)
 
     async def _ring(self) -> None:
         self._bell.clear()

@@ -42,17 +42,19 @@ MAX_COMPILE_SECONDS = 0.5  # of the processor, in `check`; each `Matcher` compil
 MAX_FORCED = 512  # characters that are tokenized where no other text can follow
 
 TOO_COMPLEX = "constraint_too_complex"
+_NOTHING = "nothing can match it"
 _JSON_OPTIONS = {
     "whitespace_flexible": False,  # a weak model fills its answer with blanks
     "json_allowed_escapes": 'nrbtf\\"',  # "\u0061" would be the key "a" under another name
 }
 _SCHEMA_AHEAD = re.compile(r"%json[ \t\r\n]*")
-_QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\])+/|(?:#|//)[^\n]*')
+# What is not closed llguidance refuses; here it must not be tried again from each quote within.
+_QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"?|/(?:\\.|[^/\\])+/?|(?:#|//)[^\n]*')
 _SPECIAL = re.compile(r"<[^<>\s]+>|%(?:regex|lark)\b")
 _DEFINITION = re.compile(r"^[ \t]*(?:%ignore|[!?]*([A-Za-z_][\w-]*)([^\n:]*):)", re.MULTILINE)
 _TERMINAL = re.compile(r"\b_?[A-Z][A-Z0-9_-]*")
 # The converter drops leading zeros; in a regular expression's class these are operators.
-_MISREAD = re.compile(r"\\[uU]0|\[[^\]\n]*(?:&&|~~|--)")
+_MISREAD = re.compile(r"\\[uU]0|\[[^\[\]\n]*(?:&&|~~|--)")
 
 
 def check(constraint: Constraint) -> str:
@@ -232,20 +234,19 @@ def _compiled(grammar: str, param: str) -> str:
     return grammar
 
 
-def _stuck(matcher: LLMatcher) -> bool:
-    return matcher.get_error().startswith("NoExtension")
-
-
 def _said(matcher: LLMatcher) -> str:
     """What is wrong, without the traceback and the paths that a panic brings."""
     error = matcher.get_error()
-    if _stuck(matcher):
-        return "nothing can match it"
+    if error.startswith("NoExtension"):
+        return _NOTHING
     return "llguidance failed on it" if error.startswith("panic") else _line(error)
 
 
 def _line(text: str) -> str:
-    return text.partition("\n")[0][:300]
+    """The first line, and what a regular expression's error says below its picture."""
+    found = re.search(r"^error: .*$", text, re.MULTILINE)
+    first = re.split(r"\n|\. Enable", text)[0][:300]  # what to enable is nobody's here
+    return f"{first} {found[0]}" if found else first
 
 
 # Decoding
@@ -314,17 +315,22 @@ class _Vocabulary:
 class Matcher:
     """Where one sequence is in its grammar. Any thread may call, one after the other."""
 
-    def __init__(self, tables: Tables, grammar: str) -> None:
+    def __init__(self, tables: Tables, grammar: str, compiled: LLMatcher | None = None) -> None:
         import numpy as np
 
         self._tables = tables
-        self._matcher = _matcher(tables.tokenizer, grammar)
+        self._matcher = compiled or _matcher(tables.tokenizer, grammar)
         if self._matcher.is_error():
             raise InvalidValue(_said(self._matcher))
         self._words = np.zeros((tables.size + 31) // 32, dtype=np.uint32)
         self._forbidden: NDArray[np.bool_] | None = None
         self._failure: Failure | None = None
         self._lock = threading.Lock()
+
+    def fork(self) -> Matcher:
+        """Another for the same grammar, which is not compiled again. Of one that was never used."""
+        with self._lock:
+            return Matcher(self._tables, "", self._matcher.deep_copy())
 
     def prepare(self) -> None:
         """Computes the mask for the next token, if it is not known: while a batch is decoded."""
@@ -344,10 +350,9 @@ class Matcher:
         """Takes the token that was chosen."""
         with self._lock:
             if self._failure is None:
-                allowed = self._forbidden is None or not self._forbidden[token]
                 self._forbidden = None
                 self._matcher.consume_token(token)
-                self._note(allowed=allowed)
+                self._note()
                 if token in self._tables.ends and not self._matcher.is_stopped():
                     self._failure = _failed("the answer ended where its constraint goes on")
             return self._failure
@@ -373,15 +378,15 @@ class Matcher:
             self._forbidden = np.unpackbits(octets, count=size, bitorder="little").view(np.bool_)
         return self._forbidden
 
-    def _note(self, *, allowed: bool = True) -> None:
+    def _note(self) -> None:
         if self._failure is not None or not self._matcher.is_error():
             return
-        if not allowed:
+        said = _said(self._matcher)
+        if "satisfy the grammar" in said:
             self._failure = _failed("a token was chosen that the constraint does not allow")
-        elif _stuck(self._matcher):
+        elif said == _NOTHING:
             self._failure = _failed("nothing that its constraint allows can follow the answer")
         else:
-            said = _said(self._matcher)
             self._failure = Failure(TOO_COMPLEX, f"the constraint is too complex: {said}")
 
 

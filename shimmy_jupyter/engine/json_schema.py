@@ -5,10 +5,9 @@ What it would choke on (it recurses natively, and a deep enough chain of referen
 stack and kills the process) is bounded here. Annotations are dropped and references renamed, so
 that nothing of a schema reaches it that has not been looked at; nothing is ever fetched.
 
-Narrower than the draft: the keys of an object come in the order of `properties`, there is no
-whitespace, and control characters that only `\\u` can write do not come. Wider: in an object with
-further keys than `properties` names, such a key may come twice (a reader takes the last);
-February has 29 days in `date`; patterns are Rust's regular expressions, without lookaround.
+Narrower than the draft: keys come in the order of `properties`, there is no whitespace, control
+characters that only `\\u` can write do not come. Wider: a key that `properties` does not name may
+come twice (a reader takes the last), February has 29 days, and patterns are Rust's, no lookaround.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ..errors import InvalidValue, UnsupportedParameter
 
 MAX_NODES = 2000  # subschemas, and the lists and objects in `const` and `enum`
 MAX_DEPTH = 48  # of a place in the schema, or in one of its definitions
-MAX_DEPTHS = 400  # of all definitions in use together: each takes llguidance 8 kB of stack
+MAX_DEPTHS = 400  # of all definitions in use together: each takes llguidance 4 kB of stack
 MAX_KEYS = 500  # of one object: the time for a grammar grows with their square
 MAX_PATTERN_KEYS = 16
 MAX_TEXT = 1024  # characters of a pattern, a key or a string
@@ -223,7 +222,7 @@ class _Translator:
             found["format"] = schema["format"]
 
     def _count(self, value: Any, path: Path) -> int:
-        if not _is_number(value) or value not in range(MAX_COUNT + 1):
+        if not _is_number(value) or not 0 <= value <= MAX_COUNT or value != int(value):
             raise self._invalid(path, f"a whole number from 0 to {MAX_COUNT} is wanted")
         return int(value)
 
@@ -277,14 +276,16 @@ class _Translator:
     def _require_ends(self, top: Schema) -> None:
         """Refuses what requires itself, and would never be complete."""
         ending: set[str] = set()
-        left = [(f"#/$defs/{name}", pointer) for pointer, name in self._names.items()]
+        left = list(self._names.items())
         before = -1
         while len(ending) > before:
             before = len(ending)
-            ending |= {r for r, _ in left if _ends(self._defs[r.rpartition("/")[2]], ending)}
-            left = [pair for pair in left if pair[0] not in ending]
+            for _, name in reversed(left):  # those behind are often what those before need
+                if _ends(self._defs[name], ending):
+                    ending.add(f"#/$defs/{name}")
+            left = [pair for pair in left if f"#/$defs/{pair[1]}" not in ending]
         if left or not _ends(top, ending):
-            where = tuple(left[0][1].split("/")[1:]) if left else ()
+            where = tuple(left[0][0].split("/")[1:]) if left else ()
             raise self._invalid(where, "it requires itself, and would never be complete")
 
     # Bounds, and what is said of them

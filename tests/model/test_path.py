@@ -155,7 +155,7 @@ class TestOpenAI:
     def test_choices_log_probabilities_and_a_schema_in_a_stream(
         self, client: openai.OpenAI
     ) -> None:
-        properties = {"name": {"enum": ["len", "max"]}, "returns": {"type": "integer"}}
+        properties = {"name": {"enum": ["len", "max"]}, "returns": {"enum": [0, 1]}}
         schema = {
             "type": "object", "properties": properties, "required": ["name", "returns"],
             "additionalProperties": False,
@@ -178,7 +178,7 @@ class TestOpenAI:
             if reason == "stop":
                 answer = json.loads(text)
                 assert answer["name"] in ("len", "max")
-                assert isinstance(answer["returns"], int)
+                assert answer["returns"] in (0, 1)
         assert "stop" in reasons
 
     def test_typed_errors(self, client: openai.OpenAI) -> None:

@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from ...errors import ShimmyError, UnsupportedParameter
-from ...types import Constraint, Failure
+from ...types import Constraint
 from .facts import Vocabulary
 
 if TYPE_CHECKING:
     from ..constrain import Matcher, Tables
 
-_REMEMBERED = 64
-"""Grammars, by what was asked for."""
+_REMEMBERED = 32
+"""Of what was asked for, compiled: an engine's thread must not do that while others wait."""
 
 
 class Constraints:
@@ -25,16 +25,29 @@ class Constraints:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._grammars: OrderedDict[Constraint, str] = OrderedDict()
+        self._ready: OrderedDict[Constraint, Matcher] = OrderedDict()
         self._lock = threading.Lock()
         self._beside: ThreadPoolExecutor | None = None
 
-    def compile(self, constraint: Constraint) -> str:
-        """The grammar. Raises `InvalidValue` or `UnsupportedParameter`, before anything is decoded."""
+    def compile(self, constraint: Constraint) -> None:
+        """Raises `InvalidValue` or `UnsupportedParameter`, before anything is decoded."""
+        self.matcher(constraint)
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """For a new sequence. Raises as `compile` does; after that it takes no time."""
         with self._lock:
-            known = self._grammars.get(constraint)
-        if known is not None:
-            return known
+            ready = self._ready.get(constraint)
+            if ready is not None:
+                self._ready.move_to_end(constraint)
+        if ready is None:
+            ready = self._compiled(constraint)
+            with self._lock:
+                self._ready[constraint] = ready
+                if len(self._ready) > _REMEMBERED:
+                    self._ready.popitem(last=False)
+        return ready.fork()
+
+    def _compiled(self, constraint: Constraint) -> Matcher:
         param = "grammar" if constraint.kind in _GRAMMARS else "response_format"
         if not self.vocabulary.ends:
             raise UnsupportedParameter("this model has no token to end an answer with", param=param)
@@ -42,24 +55,10 @@ class Constraints:
 
         grammar = check(constraint)
         try:
-            Matcher(self.tables(), grammar)
+            return Matcher(self.tables(), grammar)
         except ShimmyError as error:
             error.param = param
             raise
-        with self._lock:
-            self._grammars[constraint] = grammar
-            if len(self._grammars) > _REMEMBERED:
-                self._grammars.popitem(last=False)
-        return grammar
-
-    def matcher(self, constraint: Constraint) -> Matcher | Failure:
-        """For a new sequence, or why it cannot have one."""
-        from ..constrain import Matcher
-
-        try:
-            return Matcher(self.tables(), self.compile(constraint))
-        except ShimmyError as error:
-            return Failure(error.code, error.message)
 
     def prepare(self, matchers: Sequence[Matcher]) -> None:
         """Compute their masks on another thread, while a batch is decoded."""

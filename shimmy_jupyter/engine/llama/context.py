@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core.messages import (
     CloseSlot,
@@ -21,10 +21,14 @@ from ...core.messages import (
     SlotChange,
     TrimSlot,
 )
-from ...errors import EngineCrashed, EngineLost
+from ...errors import EngineCrashed, EngineLost, ShimmyError
+from ...types import Failure
 from .binding import native, quick
 from .constraints import Constraints
 from .slot import NOT_FINITE, SlotSampler
+
+if TYPE_CHECKING:
+    from ..constrain import Matcher
 
 _ABORTED = 2
 
@@ -109,11 +113,7 @@ class Context:
     def apply(self, change: SlotChange) -> None:
         match change:
             case OpenSlot():
-                wanted = change.sampling.constraint
-                matcher = None if wanted is None else self._constraints.matcher(wanted)
-                self.samplers[change.slot] = SlotSampler(
-                    change.sampling, self._vocabulary, change.recent, matcher
-                )
+                self.samplers[change.slot] = self._sampler(change)
             case CloseSlot():
                 self._close_sampler(change.slot)
                 self._trim(change.slot, change.keep)
@@ -127,6 +127,15 @@ class Context:
                 self._restore(change.key, change.slot)
             case DropSaved():
                 del self.saved[change.key]
+
+    def _sampler(self, slot: OpenSlot) -> SlotSampler:
+        matcher: Matcher | Failure | None = None
+        if slot.sampling.constraint is not None:
+            try:
+                matcher = self._constraints.matcher(slot.sampling.constraint)
+            except ShimmyError as error:
+                matcher = Failure(error.code, error.message)
+        return SlotSampler(slot.sampling, self._vocabulary, slot.recent, matcher)
 
     def _close_sampler(self, slot: int) -> None:
         self.samplers.pop(slot).close()
