@@ -5,6 +5,7 @@ them, through tornado's HTTP server and a socket, to a process that reads and dr
 
 lockstep    the next step waits until every event of this one is flushed: nothing overlaps and
             nothing is sent together, so this is the whole path's cost, one step at a time
+no socket   the same up to the events' bytes, which nobody sends: what is not the system's
 flat out    steps as fast as they come; a stream sends what has gathered in one write
 """
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from tornado.httpserver import HTTPServer
@@ -56,20 +58,15 @@ class Events(RequestHandler):
         self.bench = bench
 
     async def get(self) -> None:
-        bench = self.bench
-        await bench.everybody_is_here()
-        stream = bench.model.submit("local", (62, 120), STEPS, Sampling(), ())
-        writer = answers.EventWriter(answers.CHAT, bench.parsed, 0)
         await self.flush()
-        completion = Completion(bench.parsed.request, 2, (stream,), stream.bell)
-        async for data in writer.events(completion):
+        async for data in self.bench.events():
             await self.request.connection.write(data)
-            bench.flushed(data)
+            self.bench.flushed(data)
 
 
 class Bench:
-    def __init__(self, clients: int, *, lockstep: bool) -> None:
-        self.clients, self.lockstep = clients, lockstep
+    def __init__(self, clients: int, *, lockstep: bool, sockets: bool = True) -> None:
+        self.clients, self.lockstep, self.sockets = clients, lockstep, sockets
         self.gate = threading.Semaphore(0 if lockstep else 10**9)
         self.here, self.done = 0, 0
         self.asked, self.seen = 0, 0
@@ -86,6 +83,18 @@ class Bench:
         if self.here == self.clients:
             self.start.set()
         await self.start.wait()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        await self.everybody_is_here()
+        stream = self.model.submit("local", (62, 120), STEPS, Sampling(), ())
+        writer = answers.EventWriter(answers.CHAT, self.parsed, 0)
+        completion = Completion(self.parsed.request, 2, (stream,), stream.bell)
+        async for data in writer.events(completion):
+            yield data
+
+    async def drop_them(self) -> None:
+        async for data in self.events():
+            self.flushed(data)
 
     def flushed(self, data: bytes) -> None:
         self.done += data.count(b'"content":"w')
@@ -105,34 +114,51 @@ class Bench:
         self.model = await LoadedModel.load(
             lambda: FakeBackend(lambda _: pieces, gate=self.gate), spec
         )
+        if self.sockets:
+            spent = await self._over_http()
+        else:
+            readers = [asyncio.create_task(self.drop_them()) for _ in range(self.clients)]
+            spent = await self._timed()
+            await asyncio.gather(*readers)
+        steps = self.model.engine.statistics.steps
+        await self.model.close()
+        return spent / steps * 1e6
+
+    async def _over_http(self) -> float:
         server = HTTPServer(Application([("/", Events, {"bench": self})]))
         sockets = bind_sockets(0, "127.0.0.1", socket.AF_INET)
         server.add_sockets(sockets)
         port = sockets[0].getsockname()[1]
         client = subprocess.Popen([sys.executable, "-c", DRAIN, str(port), str(self.clients)])
+        spent = await self._timed()
+        await asyncio.to_thread(client.wait)
+        server.stop()
+        await server.close_all_connections()
+        return spent
+
+    async def _timed(self) -> float:
+        """Seconds from when all are here to the last event."""
         await self.start.wait()
         began, used = time.perf_counter(), time.process_time()
         self.gate.release()
         await self.over.wait()
-        spent, self.cpu = time.perf_counter() - began, time.process_time() - used
-        await asyncio.to_thread(client.wait)
-        steps = self.model.engine.statistics.steps
-        server.stop()
-        await server.close_all_connections()
-        await self.model.close()
-        return spent / steps * 1e6
+        self.cpu = time.process_time() - used
+        return time.perf_counter() - began
 
 
 def host_cost() -> dict[str, dict[str, float]]:
     """Microseconds of a step, by mode and number of sequences in it."""
+    modes = {
+        "lockstep": {"lockstep": True},
+        "no socket": {"lockstep": True, "sockets": False},
+        "flat out": {"lockstep": False},
+    }
     return {
         name: {
-            str(n): statistics.median(
-                asyncio.run(Bench(n, lockstep=lockstep).run()) for _ in range(REPEATS)
-            )
+            str(n): statistics.median(asyncio.run(Bench(n, **mode).run()) for _ in range(REPEATS))
             for n in ROWS
         }
-        for name, lockstep in (("lockstep", True), ("flat out", False))
+        for name, mode in modes.items()
     }
 
 

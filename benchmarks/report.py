@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,13 @@ def _section(
     parts = [f"### Random weights in {result['title']}"]
     if result["quick"]:
         parts.append("**A quick run: these figures mean nothing.**")
+    if "remark" in result:  # by whoever ran it: what was different about the run
+        parts.append(f"*{result['remark']}*")
     if name != "memory":
         parts.append(pages.limit_line(result, bandwidth))
     parts.append(getattr(pages, name)(result, bandwidth) + pages.skipped(result))
     if importlib.util.find_spec("matplotlib") is None:
+        print(f"no plot of {name}: matplotlib is not installed", file=sys.stderr)
         return parts
     import plots as drawing
 
@@ -120,9 +124,9 @@ def _host(host: dict[str, Any] | None) -> str:
     return (
         "Microseconds a step, with a backend that decodes in no time, through streams, server-sent "
         "events, tornado's HTTP server and a socket. In lockstep nothing overlaps and nothing is sent "
-        "together; flat out, what has gathered goes in one write, as it does when the engine is faster "
-        "than the reader. The limit is none: all of this is ours.\n\n"
-        + pages.table(["sequences", *counts], rows)
+        "together; without a socket the events' bytes are made and nobody sends them: the rest is "
+        "tornado's and the system's; flat out, what has gathered goes in one write, as it does when the "
+        "engine is faster than the reader.\n\n" + pages.table(["sequences", *counts], rows)
     )
 
 

@@ -34,7 +34,7 @@ _AGAIN = 0.01
 _GRACE = 2.0
 _CHUNK = 1 << 16
 _EXPENDABLE = "500"
-_M_ARENA_MAX = -8  # of glibc's malloc.h
+_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # of glibc's malloc.h
 
 
 def serve(
@@ -233,9 +233,11 @@ def _keep_to_itself() -> None:
     most = 1 if sys.platform == "linux" and hard else 0
     resource.setrlimit(resource.RLIMIT_CORE, (most, most))
     # Every prompt is tokenized by a thread of its own; each would get a heap that is never given back.
+    # And a context of its own, once freed, would teach malloc to keep what is as large from then on.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 2)
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     # When memory runs out, a model can be loaded again; a notebook's variables cannot.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_EXPENDABLE)

@@ -98,7 +98,7 @@ class Engine:
     # For any thread
 
     async def start(self) -> ModelFacts:
-        """Load the model on the engine's thread. Raises `ModelLoadFailed`."""
+        """Load the model on the engine's thread. Raises `ModelLoadFailed`, or `EngineLost`."""
         self._thread.start()
         return await asyncio.wrap_future(self._facts)
 
