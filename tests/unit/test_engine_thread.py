@@ -284,3 +284,47 @@ async def test_a_lost_engine_takes_no_more() -> None:
     with pytest.raises(EngineCrashed, match="gone"):
         submit(engine)
     await engine.stop()
+
+
+class TestErrands:
+    async def test_between_steps_on_the_engines_thread(self) -> None:
+        engine = await started(FakeBackend(words(50)))
+        stream = submit(engine)
+        names = [await engine.errand(lambda: threading.current_thread().name) for _ in range(3)]
+        assert names == ["shimmy-engine"] * 3
+        assert await text(stream) == "".join(f"w{i} " for i in range(50))
+        await engine.stop()
+
+    async def test_a_typed_error_is_its_own(self) -> None:
+        engine = await started(FakeBackend())
+
+        def fail() -> None:
+            raise ModelLoadFailed("why")
+
+        with pytest.raises(ModelLoadFailed, match="why"):
+            await engine.errand(fail)
+        assert await engine.errand(lambda: 5) == 5
+        await engine.stop()
+
+    async def test_what_nobody_foresaw_ends_the_engine(self) -> None:
+        engine = await started(FakeBackend(words(1000)))
+        stream = submit(engine)
+        with pytest.raises(ZeroDivisionError):
+            await engine.errand(lambda: 1 // 0)
+        with pytest.raises(EngineCrashed):
+            await text(stream)
+        with pytest.raises(EngineCrashed):
+            await engine.errand(lambda: 5)
+        await engine.stop()
+
+    async def test_those_that_wait_hear_of_the_end(self) -> None:
+        gate = threading.Semaphore(0)
+        engine = await started(FakeBackend(words(5), gate=gate))
+        stream = submit(engine)
+        waiting = [asyncio.create_task(engine.errand(lambda: 5)) for _ in range(3)]
+        await asyncio.sleep(0)
+        await engine.stop()
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(one == 5 or isinstance(one, ShuttingDown) for one in found)
+        assert isinstance(found[-1], ShuttingDown)
+        stream.close()
