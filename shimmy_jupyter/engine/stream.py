@@ -105,7 +105,8 @@ class TokenStream:
         """All that has arrived, without waiting. Raises as `read` does."""
         pieces = list(self._unread)
         self._unread.clear()
-        self._count_read(len(pieces))
+        if pieces:  # nothing read makes no room
+            self._count_read(len(pieces))
         if not pieces and self.ended is not None and self.ended.failure is not None:
             raise from_failure(self.ended.failure)
         return pieces

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from shimmy_jupyter.core.messages import SlotChange, Step
+from shimmy_jupyter.core.messages import Emit, SlotChange, Step
 from shimmy_jupyter.engine.backend import LoadSpec, Sharing, StepResult
 from shimmy_jupyter.engine.fake import FakeBackend
 from shimmy_jupyter.engine.model import LoadedModel
@@ -284,6 +284,25 @@ async def test_a_lost_engine_takes_no_more() -> None:
     with pytest.raises(EngineCrashed, match="gone"):
         submit(engine)
     await engine.stop()
+
+
+async def test_reading_nothing_makes_no_room() -> None:
+    """What is on its way counts: a loop that was busy must not let it pile up."""
+    said: list[str] = []
+
+    class Upstream:
+        def __getattr__(self, name: str) -> Any:
+            return lambda _id: said.append(name)
+
+    stream = TokenStream(1, 2, Upstream())
+    stream.count_sent()
+    stream.count_sent()
+    assert stream.take() == []
+    assert said == ["reader_full"]
+    stream.deliver(Emit(1, "a"))
+    stream.deliver(Emit(1, "b"))
+    assert [piece.text for piece in stream.take()] == ["a", "b"]
+    assert said == ["reader_full", "reader_ready"]
 
 
 class TestErrands:
