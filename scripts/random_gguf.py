@@ -6,6 +6,8 @@ F32, Q8_0 or Q4_0. The same seed gives the same bytes. The benchmarks use it too
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +62,9 @@ LLAMA_3B = Shape(
 )  # fmt: skip
 """The shape of Llama-3.2-3B: 3.2 billion parameters."""
 
+CHAIN = Shape(layers=1, width=352, heads=1, kv_heads=1, head_width=32, hidden=32)
+"""At least as wide as its vocabulary is large: each token has a direction of its own."""
+
 _UNLIKELY = 0.125
 """A token whose row of the tied embedding is this much smaller is never among the likely ones."""
 
@@ -85,28 +90,18 @@ def write(
     pre: str = "gpt-2",
     infill: bool = False,
     causal: bool = True,
+    split: int = 0,
 ) -> Path:
     """Write the model; with `nan` its last norm is not a number, and so is every logit. With `infill`
-    its vocabulary has tokens to fill in the middle. One that is not `causal` is for embeddings.
+    its vocabulary has tokens to fill in the middle. One that is not `causal` is for embeddings. With `split`
+    no file has more tensors than that; the first one's path is returned.
 
     `quantized` is "Q8_0" (or True) or "Q4_0". With `words` every sampled token (top-k) is a letter
     and a number: no answer ends by itself, all of it is ASCII, and its letters count its tokens.
     """
     kind = gguf.GGMLQuantizationType["Q8_0" if quantized is True else quantized or "F32"]
     random = np.random.default_rng(seed)
-    w = gguf.GGUFWriter(str(path), "llama")
-    w.add_name("random")
-    w.add_block_count(shape.layers)
-    w.add_context_length(shape.context)
-    w.add_embedding_length(shape.width)
-    w.add_feed_forward_length(shape.hidden)
-    w.add_head_count(shape.heads)
-    w.add_head_count_kv(shape.kv_heads)
-    w.add_key_length(shape.head_width)
-    w.add_value_length(shape.head_width)
-    w.add_rope_dimension_count(shape.head_width)
-    w.add_layer_norm_rms_eps(1e-5)
-    w.add_vocab_size(shape.vocabulary)
+    w = _begun(path, shape, split)
     if not causal:
         w.add_causal_attention(False)
     _add_vocabulary(w, shape.vocabulary, add_bos=add_bos, pre=pre, infill=infill)
@@ -141,11 +136,52 @@ def write(
         matrix(f"blk.{i}.ffn_gate.weight", shape.hidden, shape.width)
         matrix(f"blk.{i}.ffn_up.weight", shape.hidden, shape.width)
         matrix(f"blk.{i}.ffn_down.weight", shape.width, shape.hidden)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return path
+    return _ended(w, path)
+
+
+def write_chain(
+    path: Path,
+    script: Sequence[str],
+    *,
+    template: str = CHATML,
+    marks: Collection[str] = (),
+    unsaid: Sequence[str] = (),
+    shape: Shape = CHAIN,
+) -> Path:
+    """Write a model that says the script's tokens, one after the other, whatever it was asked: each
+    follows the one before it, the first a line's end, and <|im_end|> the last. No token comes
+    twice. Those of `marks` are special, those `unsaid` are words of the vocabulary as well.
+    """
+    words = [text for text in (*script, *unsaid) if len(text.encode()) > 1]
+    w = _begun(path, shape)
+    singles = byte_tokens()
+    tokens = _add_vocabulary(w, shape.vocabulary, words=words, marks=marks)
+    w.add_chat_template(template)
+    # A byte is stored as its stand-in, a word that is no result of merges as it is.
+    ids = [tokens.index(text if text in words else singles[ord(text)]) for text in script]
+    chain = [tokens.index(singles[10]), *ids, shape.vocabulary - 1]
+    size = shape.vocabulary
+    after = np.zeros((size, shape.width), dtype=np.float32)
+    for token, following in itertools.pairwise(chain):
+        after[following, token] = 1
+    w.add_tensor("token_embd.weight", np.eye(size, shape.width, dtype=np.float32))
+    w.add_tensor("output.weight", after)
+    w.add_tensor("output_norm.weight", np.ones(shape.width, dtype=np.float32))
+    inner, kv_inner = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    for i in range(shape.layers):
+        for name, rows, columns in (
+            ("attn_q", inner, shape.width),
+            ("attn_k", kv_inner, shape.width),
+            ("attn_v", kv_inner, shape.width),
+            ("attn_output", shape.width, inner),
+            ("ffn_gate", shape.hidden, shape.width),
+            ("ffn_up", shape.hidden, shape.width),
+            ("ffn_down", shape.width, shape.hidden),
+        ):
+            w.add_tensor(f"blk.{i}.{name}.weight", np.zeros((rows, columns), dtype=np.float32))
+        for name in ("attn_norm", "ffn_norm"):
+            w.add_tensor(f"blk.{i}.{name}.weight", np.ones(shape.width, dtype=np.float32))
+    return _ended(w, path)
 
 
 def write_adapter(path: Path, shape: Shape = TINY, *, seed: int = 1, rank: int = 4) -> Path:
@@ -165,21 +201,55 @@ def write_adapter(path: Path, shape: Shape = TINY, *, seed: int = 1, rank: int =
             b = random.standard_normal((rows, rank), dtype=np.float32)
             w.add_tensor(f"blk.{i}.{name}.weight.lora_a", a)
             w.add_tensor(f"blk.{i}.{name}.weight.lora_b", b)
+    return _ended(w, path)
+
+
+def _begun(path: Path, shape: Shape, split: int = 0) -> gguf.GGUFWriter:
+    w = gguf.GGUFWriter(str(path), "llama", split_max_tensors=split)
+    w.add_name("random")
+    w.add_block_count(shape.layers)
+    w.add_context_length(shape.context)
+    w.add_embedding_length(shape.width)
+    w.add_feed_forward_length(shape.hidden)
+    w.add_head_count(shape.heads)
+    w.add_head_count_kv(shape.kv_heads)
+    w.add_key_length(shape.head_width)
+    w.add_value_length(shape.head_width)
+    w.add_rope_dimension_count(shape.head_width)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_vocab_size(shape.vocabulary)
+    return w
+
+
+def _ended(w: gguf.GGUFWriter, path: Path) -> Path:
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
-    return path
+    parts = len(w.tensors)
+    return path if parts == 1 else path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf")
 
 
 def _add_vocabulary(
-    w: gguf.GGUFWriter, size: int, *, add_bos: bool, pre: str, infill: bool
-) -> None:
+    w: gguf.GGUFWriter,
+    size: int,
+    *,
+    add_bos: bool = False,
+    pre: str = "gpt-2",
+    infill: bool = False,
+    words: Sequence[str] = (),
+    marks: Collection[str] = (),
+) -> list[str]:
+    """Returns the tokens. `words` are some of them; those in `marks` are special."""
     singles = byte_tokens()
     special = (*INFILL, *SPECIAL) if infill else SPECIAL
-    filler = [f"{singles[97 + i % 26]}{i}" for i in range(size - len(singles) - len(special) - 1)]
-    tokens = [*singles, "ab", *filler, *special]
-    kinds = [gguf.TokenType.NORMAL] * (size - len(special))
+    most = size - len(singles) - len(special) - len(words) - 1
+    filler = [f"{singles[97 + i % 26]}{i}" for i in range(most)]
+    tokens = [*singles, "ab", *filler, *words, *special]
+    kinds = [gguf.TokenType.NORMAL] * (size - len(special) - len(words))
+    kinds += [
+        gguf.TokenType.CONTROL if word in marks else gguf.TokenType.USER_DEFINED for word in words
+    ]
     kinds += [gguf.TokenType.CONTROL] * len(special)
     if infill:
         w.add_uint32("tokenizer.ggml.fim_pre_token_id", size - 6)
@@ -194,3 +264,4 @@ def _add_vocabulary(
     w.add_eos_token_id(size - 3)
     w.add_eot_token_id(size - 1)
     w.add_add_bos_token(add_bos)
+    return tokens

@@ -77,6 +77,9 @@ def generate(prompt: str, *, stats: bool, system: str | None, **options: Any) ->
     with _Local() as local, local.stream("shimmy/v1/chat/completions", body) as chunks:
         for item in events(chunks):
             for choice in item["choices"]:
+                thought = clean(choice["delta"].get("reasoning_content", ""))
+                if thought:
+                    click.echo(thought, nl=False, err=True)
                 click.echo(clean(choice["delta"].get("content", "")), nl=False)
             last = item
     click.echo()

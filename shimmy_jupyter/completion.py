@@ -16,11 +16,24 @@ from .types import CompletionRequest, Ended, FinishReason, Scored, Timings, Usag
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Text of one choice, with the tokens it came from where log-probabilities were asked for."""
+    """Text of one choice, or of the reasoning before it, with the tokens it came from where
+    log-probabilities were asked for.
+    """
 
     index: int
     text: str
     scored: tuple[Scored, ...] = ()
+    reasoning: bool = False
+    prompt: bool = False
+    """The tokens are the prompt's, all but the first, and there is no text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """The prompt's text, and that of its first token, which has no log-probability."""
+
+    text: str
+    first: str
 
 
 class Completion:
@@ -36,10 +49,12 @@ class Completion:
         prompt_tokens: int,
         streams: tuple[TokenStream, ...] = (),
         bell: asyncio.Event | None = None,
+        echo: Echo | None = None,
     ) -> None:
         self.request = request
         self.prompt_tokens = prompt_tokens
         self.streams = streams
+        self.echo = echo
         self._bell = bell or asyncio.Event()
 
     async def read(self) -> list[Delta]:
@@ -70,10 +85,10 @@ class Completion:
         return self.streams[0].progress if self.streams else None
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        """The first choice's text."""
+        """The first choice's text, without reasoning."""
         while found := await self.read():
             for delta in found:
-                if not delta.index:
+                if not (delta.index or delta.reasoning):
                     yield delta.text
 
     async def text(self) -> str:
@@ -99,7 +114,8 @@ class Completion:
         """Of all choices together; the prompt, which they share, counts once."""
         each = [ended.usage for ended in self.endings]
         generated = sum(usage.completion_tokens for usage in each)
-        return Usage(self.prompt_tokens, generated, each[0].cached_tokens)
+        thought = sum(usage.reasoning_tokens for usage in each)
+        return Usage(self.prompt_tokens, generated, each[0].cached_tokens, thought)
 
     def close(self) -> None:
         for stream in self.streams:
@@ -118,7 +134,7 @@ class Completion:
 
     def _arrived(self) -> list[Delta]:
         return [
-            Delta(index, piece.text, piece.scored)
+            Delta(index, piece.text, piece.scored, piece.reasoning, piece.prompt)
             for index, stream in enumerate(self.streams)
             for piece in stream.take()
         ]

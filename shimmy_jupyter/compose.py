@@ -52,6 +52,7 @@ def build_service(settings: Settings) -> CompletionService:
             path=str(file.path),
             context_size=settings.context_size,
             kv_tokens=settings.kv_tokens,
+            kv_type=settings.kv_type,
             sequences=settings.max_sequences,
             threads=settings.threads,
             gpu_layers=settings.gpu_layers,

@@ -68,6 +68,12 @@ class ShimmyEngine(Configurable):
         "each of max_sequences where that takes at most 256 MiB; else 16384, or as many as take a "
         "quarter of the free memory when the model loads, but never less than one context.",
     ).tag(config=True)
+    kv_type = Enum(
+        ["f16", "q8_0", "q4_0"],
+        "f16",
+        help="How the KV cache holds its numbers. q8_0 takes about half of the memory, q4_0 about a "
+        "quarter, at some cost in quality; the heads of a model must be a multiple of 32 wide.",
+    ).tag(config=True)
     default_max_tokens = Int(
         1024, min=1, help="Tokens a request may generate that does not say max_tokens."
     ).tag(config=True)
@@ -155,6 +161,7 @@ class Settings:
 
     context_size: int = 0
     kv_tokens: int = 0
+    kv_type: str = "f16"
     default_max_tokens: int = 1024
     max_sequences: int = 32
     max_queue: int = 256
@@ -184,6 +191,7 @@ def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Set
     return Settings(
         context_size=engine.context_size,
         kv_tokens=engine.kv_tokens,
+        kv_type=engine.kv_type,
         default_max_tokens=engine.default_max_tokens,
         max_sequences=engine.max_sequences,
         max_queue=engine.max_queue,

@@ -1,5 +1,5 @@
-"""The one use-case: a completion. HTTP handlers, the kernel's fallback, the command line and the
-tests all come through here.
+"""The use-cases: completions and embeddings. HTTP handlers, the kernel's fallback, the command line
+and the tests all come through here.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from .completion import Completion
-from .engine.model import LoadedModel
+from .completion import Completion, Echo
+from .engine.model import Encoded, LoadedModel
 from .engine.stream import TokenStream
 from .errors import (
     ContextLengthExceeded,
@@ -19,12 +19,23 @@ from .errors import (
     InvalidValue,
     ModelLoadFailed,
     ModelNotFound,
+    UnsupportedParameter,
 )
 from .models.lifecycle import ModelPool, ModelStatus
-from .types import CompletionRequest, Message, ModelFacts, Principal, Prompt, Sampling
+from .types import (
+    ChatOptions,
+    CompletionRequest,
+    EmbeddingRequest,
+    Message,
+    ModelFacts,
+    Principal,
+    Prompt,
+    Sampling,
+)
 
-_Prepared = tuple[LoadedModel, tuple[int, ...], str]
-"""The model, the prompt's tokens, the adapter's path."""
+_Prepared = tuple[LoadedModel, Encoded, str]
+"""The model, the prompt, the adapter's path."""
+_AS_IT_IS = ChatOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,14 @@ def _models_health(statuses: list[ModelStatus]) -> Dependency:
     return Dependency("models", "ok", f"{len(statuses)} available")
 
 
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """One of each input, and the tokens of all inputs together."""
+
+    vectors: list[tuple[float, ...]]
+    tokens: int
+
+
 class CompletionService:
     """`default_max_tokens` is what a request gets that does not say how much it wants.
 
@@ -110,15 +129,17 @@ class CompletionService:
         began = clock()
         try:
             async with asyncio.timeout(limit):
-                model, prompt, adapter = await self._prepared(request)
+                model, encoded, adapter = await self._prepared(request)
         except TimeoutError:
             raise DeadlineExceeded("the request took longer than its max_seconds") from None
-        max_tokens = self._room(request, len(prompt), model.facts)
-        if max_tokens == 0:
-            return Completion(request, len(prompt))
+        count = len(encoded.tokens)
+        max_tokens = self._room(request, count, model.facts)
+        echo = await self._echo(model, request, encoded) if request.echo else None
+        if max_tokens == 0 and request.sampling.prompt_logprobs is None:
+            return Completion(request, count, echo=echo)
         left = None if limit is None else max(0.0, limit - (clock() - began))
-        wanted = _Wanted(prompt, max_tokens, adapter, left)
-        return Completion(request, len(prompt), *_submitted(model, request, wanted))
+        wanted = _Wanted(encoded, max_tokens, adapter, left)
+        return Completion(request, count, *_submitted(model, request, wanted), echo)
 
     async def _encoded(self, request: CompletionRequest) -> _Prepared:
         model = await self.pool.get(request.model)
@@ -129,7 +150,15 @@ class CompletionService:
         if request.sampling.constraint is not None:
             await model.compile(request.sampling.constraint, request.principal.name)
         adapter = await self._adapter(model, request.adapter) if request.adapter else ""
-        return model, await model.encode(prompt, request.principal.name), adapter
+        if not model.facts.can_generate:
+            raise UnsupportedParameter("this model makes embeddings only", param="model")
+        encoded = await model.prepare(prompt, request.principal.name, request.chat)
+        return model, encoded, adapter
+
+    async def _echo(self, model: LoadedModel, request: CompletionRequest, prompt: Encoded) -> Echo:
+        prompted, who = request.prompt, request.principal.name
+        text = prompted if isinstance(prompted, str) else await model.decode(prompt.tokens, who)
+        return Echo(text, await model.decode(prompt.tokens[:1], who))
 
     async def _adapter(self, model: LoadedModel, id: str) -> str:
         """Its path, once it is loaded."""
@@ -173,18 +202,50 @@ class CompletionService:
             )
         return wanted
 
-    async def tokenize(self, model: str, prompt: Prompt, principal: Principal) -> tuple[int, ...]:
+    async def embed(self, request: EmbeddingRequest) -> Vectors:
+        """Vectors of texts, or scores of a query's documents. Raises what `LoadedModel` does, and
+        `UnsupportedParameter` where the model cannot make them.
+        """
+        try:
+            async with asyncio.timeout(self.max_seconds):
+                try:
+                    return await self._embedded(request)
+                except EngineLost:
+                    # Its process ended. Nothing of this request is lost: it is computed again.
+                    return await self._embedded(request)
+        except TimeoutError:
+            raise DeadlineExceeded("the request took longer than max_seconds") from None
+
+    async def _embedded(self, request: EmbeddingRequest) -> Vectors:
+        model = await self.pool.get(request.model)
+        who = request.principal.name
+        embedder = model.embedder
+        if embedder is None:
+            raise UnsupportedParameter("this model makes no embeddings", param="model")
+        ranks = embedder.shape.pooling == "rank"
+        if request.rank and not ranks:
+            raise UnsupportedParameter("this model is no reranker", param="model")
+        if ranks and not request.rank:
+            raise UnsupportedParameter("this model is a reranker: it makes scores", param="model")
+        tokens = await model.encode_inputs(request.inputs, request.names, who)
+        return Vectors(await embedder.vectors(tokens, who), sum(map(len, tokens)))
+
+    async def tokenize(
+        self, model: str, prompt: Prompt, principal: Principal, options: ChatOptions = _AS_IT_IS
+    ) -> tuple[int, ...]:
         """The exact tokens that a prompt has, as `start` would count them."""
-        return await (await self.pool.get(model)).encode(prompt, principal.name)
+        return await (await self.pool.get(model)).encode(prompt, principal.name, options)
 
     async def detokenize(self, model: str, tokens: tuple[int, ...], principal: Principal) -> str:
         """The text of tokens; bytes that make no character become U+FFFD."""
         return await (await self.pool.get(model)).decode(tokens, principal.name)
 
-    async def rendered(self, model: str, prompt: Prompt, principal: Principal) -> tuple[str, int]:
+    async def rendered(
+        self, model: str, prompt: Prompt, principal: Principal, options: ChatOptions = _AS_IT_IS
+    ) -> tuple[str, int]:
         """A chat as the model's template writes it, and how many tokens that is."""
         found = await self.pool.get(model)
-        text = await found.render(prompt, principal.name)
+        text = await found.render(prompt, principal.name, options)
         return text, len(await found.encode(text, principal.name))
 
     async def models(self) -> list[ModelStatus]:
@@ -213,7 +274,7 @@ class CompletionService:
 class _Wanted:
     """A request that has become numbers. `adapter` is a path."""
 
-    prompt: tuple[int, ...]
+    prompt: Encoded
     max_tokens: int
     adapter: str
     max_seconds: float | None
@@ -229,9 +290,9 @@ def _submitted(
         for choice in range(request.n):
             stream = model.submit(
                 request.principal.name,
-                wanted.prompt,
+                wanted.prompt.tokens,
                 wanted.max_tokens,
-                _of_choice(request, choice),
+                _of_choice(request, choice, wanted.prompt),
                 request.stop,
                 reproducible=request.reproducible,
                 adapter=wanted.adapter,
@@ -246,9 +307,10 @@ def _submitted(
     return tuple(streams), bell
 
 
-def _of_choice(request: CompletionRequest, choice: int) -> Sampling:
+def _of_choice(request: CompletionRequest, choice: int, prompt: Encoded) -> Sampling:
     """Choices with a seed have different ones, or they would all be the same."""
     seed = request.sampling.seed
     if seed is None and request.reproducible:
         seed = 0
-    return request.sampling if seed is None else replace(request.sampling, seed=seed + choice)
+    seed = None if seed is None else seed + choice
+    return replace(request.sampling, seed=seed, reasoning=prompt.reasoning)

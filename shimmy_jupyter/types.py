@@ -27,6 +27,26 @@ class Principal:
 
 
 @dataclass(frozen=True, slots=True)
+class Markers:
+    """Texts around a model's reasoning, as its own template writes them."""
+
+    start: str
+    end: str
+    opening: tuple[str, ...] = ()
+    """Texts that may open the answer proper, after the reasoning or in its stead; not shown."""
+    closing: str = ""
+    """Text that may end the answer; not shown there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """What may come before an answer. `inside`: the prompt has already opened it."""
+
+    markers: Markers
+    inside: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Constraint:
     """What an answer must match. `kind` is json_object, json_schema, lark, regex or gbnf.
 
@@ -63,7 +83,11 @@ class Sampling:
     logprobs: int | None = None
     """How many of the likeliest tokens to give log-probabilities of, beside the chosen one; None: of
     none."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens but the first; the prompt is computed anew for it."""
     constraint: Constraint | None = None
+    reasoning: Reasoning | None = None
+    """What may come before the answer, which alone the constraint and stop strings are for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +110,19 @@ class Scored:
     """The likeliest tokens, the likeliest first: id, bytes, log-probability."""
 
 
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a chat is to be rendered. What is None is left to the model's template.
+
+    `thinking` is whether to reason before the answer, or for how many tokens at most; `effort` a
+    level that the template knows, or "none"; `variables` are the template's own, by name, as JSON.
+    """
+
+    thinking: bool | int | None = None
+    effort: str | None = None
+    variables: Mapping[str, object] = field(default_factory=dict)
+
+
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
 """Raw text, token ids, or chat messages (a tuple of `Message`, never empty)."""
 
@@ -101,6 +138,9 @@ class CompletionRequest:
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    echo: bool = False
+    """Begin the answer with the prompt."""
+    chat: ChatOptions = field(default_factory=ChatOptions)
     adapter: str = ""
     """The id of a LoRA adapter to answer with; none where it is empty."""
     suffix: str = ""
@@ -115,11 +155,14 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Exact token counts. `cached_tokens` of the prompt were not computed again."""
+    """Exact token counts. `cached_tokens` of the prompt were not computed again; `reasoning_tokens`
+    of the completion came before the answer, the markers around them included.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -156,6 +199,38 @@ class Ended:
     failure: Failure | None = None
 
 
+EmbeddingInput = tuple[str, ...] | tuple[int, ...]
+"""A text, a query and a document, or tokens, which are taken as they are; never empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """Texts to make vectors of; or, to `rank`, a query with each of its documents."""
+
+    request_id: str
+    principal: Principal
+    model: str
+    inputs: tuple[EmbeddingInput, ...]
+    names: tuple[str, ...] = ()
+    """What the body calls each of them, for errors."""
+    rank: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingFacts:
+    """How a model makes vectors. Sizes are in tokens: `tokens` of one input at most, `batch_tokens`
+    of all inputs of a call. A vector has `width` numbers; where `pooling` is "rank" they are scores.
+    """
+
+    pooling: str
+    width: int
+    tokens: int
+    batch_tokens: int
+    sequences: int
+    divisible: bool = False
+    """Whether an input may be spread over several calls."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What a loaded model says of itself; context and KV sizes are in tokens."""
@@ -184,6 +259,8 @@ class ModelFacts:
     threads: int = 1
     """Threads that may compute, at most."""
     offloaded_layers: int = 0
+    can_generate: bool = True
+    embedding: EmbeddingFacts | None = None
     infill: tuple[str, ...] = ()
     """The special tokens before the prefix, the suffix and the middle, of a model that can infill."""
     notes: tuple[str, ...] = ()

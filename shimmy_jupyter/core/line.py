@@ -168,7 +168,7 @@ class Line:
 
     def _awaits(self, sequence: Sequence) -> bool:
         """Whether one like it is being read: to wait for that is quicker than to read it twice."""
-        if not self.capacity.can_copy or not self.capacity.can_trim:
+        if not self.capacity.can_copy or not self.capacity.can_trim or sequence.scores_prompt:
             return False
         return any(
             leader.state is State.PREFILL

@@ -47,17 +47,23 @@ class Capacity:
         return self.slots
 
 
+MOST_SCORES = 32
+"""Tokens of a step whose successors are scored: each has logits for the whole vocabulary."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """Consecutive tokens of one sequence to decode in a step.
 
-    `start` is the position of the first. With `sample` the last one's logits choose a token.
+    `start` is the position of the first. With `sample` the last one's logits choose a token. `scores`
+    are the tokens that follow these, as many as have one, where their log-probabilities are wanted.
     """
 
     slot: int
     start: int
     tokens: tuple[int, ...]
     sample: bool
+    scores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +79,22 @@ class Sampled:
     """With log-probabilities, where the sequence's `Sampling.logprobs` asks for them."""
 
 
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of the tokens that follow those of a row."""
+
+    slot: int
+    scored: tuple[Scored, ...]
+
+
 # Events
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A prompt that fits `context_size` together with `max_tokens` (at least 1)."""
+    """A prompt that fits `context_size` together with `max_tokens` (at least 1, or 0 for one whose
+    log-probabilities are all that is wanted).
+    """
 
     id: int
     principal: str
@@ -143,6 +159,7 @@ class Stepped:
     sampled: tuple[Sampled, ...]
     seconds: float = 0.0
     threads: int = 1
+    prompts: tuple[PromptScores, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +276,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """Text of an answer, with the tokens that it came from where log-probabilities are wanted."""
+    """Text of an answer or of the reasoning before it, with the tokens that it came from where
+    log-probabilities are wanted.
+    """
 
     id: int
     text: str
     scored: tuple[Scored, ...] = ()
+    reasoning: bool = False
+    prompt: bool = False
+    """The tokens are the prompt's, and there is no text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ class Planner:
 
         Unless they are `together` with all else, prompts share a call only while they are short.
         """
-        total = 0
+        total, scoring = 0, False
         counters = self._line.counters
         begun = [
             s
@@ -136,6 +136,9 @@ class Planner:
                 not total or together or total + sequence.prompt_left < TILE
             ):
                 return
+            if sequence.scores_prompt and scoring:
+                return  # each of its tokens has logits, for which there is not room without end
+            scoring = scoring or sequence.scores_prompt
             if fresh is not None:
                 self._line.admit(fresh, now, out)
                 self._admitted(fresh)
@@ -151,10 +154,15 @@ class Planner:
         return self._line.counters[who], self._line.room.count(who)
 
     def _prompt_row(self, sequence: Sequence, room: int) -> m.Row:
+        at = sequence.cached
         take = min(sequence.prompt_left, room)
-        tokens = sequence.prompt[sequence.cached : sequence.cached + take]
+        scores: tuple[int, ...] = ()
+        if sequence.scores_prompt:
+            take = min(take, m.MOST_SCORES)
+            scores = sequence.prompt[at + 1 : at + take + 1]
+        tokens = sequence.prompt[at : at + take]
         self._in_step(sequence)
-        return m.Row(sequence.slot, sequence.cached, tokens, take == sequence.prompt_left)
+        return m.Row(sequence.slot, at, tokens, take == sequence.prompt_left, scores)
 
     def _decode_row(self, sequence: Sequence) -> m.Row:
         self._in_step(sequence)

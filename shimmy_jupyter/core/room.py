@@ -70,7 +70,9 @@ class Room:
 
     def place(self, sequence: Sequence) -> list[m.Instruction]:
         """Give a slot and KV room, with as much of the prompt as is there already."""
-        match = self.prefixes.match(sequence.prompt, sequence.owner, self._live())
+        match = None
+        if not sequence.scores_prompt:
+            match = self.prefixes.match(sequence.prompt, sequence.owner, self._live())
         if match is not None and not self._usable(match, sequence):
             match = None
         out: list[m.Instruction] = []

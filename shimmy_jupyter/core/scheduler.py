@@ -12,6 +12,7 @@ from . import messages as m
 from .line import Line
 from .pace import Pace
 from .planning import Planner
+from .reasoning import Part
 from .sequence import Sequence, State
 from .text import TextAssembler
 
@@ -79,7 +80,7 @@ class Scheduler:
             prompt=event.prompt,
             max_tokens=event.max_tokens,
             sampling=event.sampling,
-            text=TextAssembler(event.stop),
+            text=TextAssembler(event.stop, event.sampling.reasoning),
             submitted_at=now,
             reproducible=event.reproducible,
             adapter=event.adapter,
@@ -158,6 +159,8 @@ class Scheduler:
     def _stepped(self, event: m.Stepped, now: float) -> list[m.Instruction]:
         rows, by_slot = self._take_step(), self._by_slot()
         sampled = {s.slot: s for s in event.sampled}
+        for prompts in event.prompts:
+            by_slot[prompts.slot].prompt_scored += prompts.scored
         private = bool(rows) and rows[0].slot == self.capacity.private_slot
         self._planner.took(event.seconds, private=private)
         instructions: list[m.Instruction] = []
@@ -244,6 +247,12 @@ class Scheduler:
         if sampled.failure is not None:
             out += self._end(sequence, FinishReason.ERROR, now, sampled.failure, keep=False)
             return
+        if sequence.scores_prompt and not sequence.generated:
+            out.append(m.Emit(sequence.id, "", tuple(sequence.prompt_scored), prompt=True))
+            sequence.prompt_scored.clear()
+        if sequence.max_tokens == 0:
+            out += self._end(sequence, FinishReason.LENGTH, now)
+            return
         sequence.answer.append(sampled.token)
         sequence.last_token_at = now
         if sequence.first_token_at is None:
@@ -251,11 +260,13 @@ class Scheduler:
         if sampled.end_of_generation:
             out += self._end(sequence, FinishReason.STOP, now)
             return
-        text = sequence.text.push(sampled.piece)
+        was_thinking = sequence.text.thinking
+        parts = sequence.text.push(sampled.piece)
+        if was_thinking or sequence.text.thinking:
+            sequence.thought = sequence.generated
         if sampled.scored is not None:
             sequence.scored.append(sampled.scored)
-        if text:
-            out.append(self._shown(sequence, text))
+        out += self._shown(sequence, parts)
         if sequence.text.stopped:
             out += self._end(sequence, FinishReason.STOP, now)
         elif len(sequence.answer) == sequence.max_tokens:
@@ -279,11 +290,12 @@ class Scheduler:
     ) -> list[m.Instruction]:
         """Free what the sequence holds and say the last word."""
         instructions: list[m.Instruction] = []
-        held = sequence.text.finish()
-        # Tokens without text of their own, such as a character's first bytes, still have been chosen.
-        left = sequence.scored and not sequence.text.stopped
-        if (held or left) and reason in (FinishReason.STOP, FinishReason.LENGTH):
-            instructions.append(self._shown(sequence, held))
+        thinking, held = sequence.text.thinking, sequence.text.finish()
+        if not held and sequence.scored and not sequence.text.stopped:
+            # Tokens without text of their own, such as a character's first bytes, were chosen, too.
+            held = [(thinking, "")]
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            instructions += self._shown(sequence, held)
         if sequence.state is State.QUEUED:
             self.line.leave(sequence)
         else:
@@ -293,9 +305,16 @@ class Scheduler:
         instructions.append(self._ended(sequence, reason, now, failure))
         return instructions
 
-    def _shown(self, sequence: Sequence, text: str) -> m.Emit:
+    def _shown(self, sequence: Sequence, parts: list[Part]) -> list[m.Emit]:
+        """The tokens that have come go with the last part."""
+        if not parts:
+            return []
         scored, sequence.scored = tuple(sequence.scored), []
-        return m.Emit(sequence.id, text, scored)
+        *others, (reasoning, text) = parts
+        shown = [m.Emit(sequence.id, before, (), of) for of, before in others]
+        if text or scored:
+            shown.append(m.Emit(sequence.id, text, scored, reasoning))
+        return shown
 
     def _ended(
         self, sequence: Sequence, reason: FinishReason, now: float, failure: Failure | None
@@ -334,7 +353,7 @@ class Scheduler:
         assert s.state in (State.PREFILL, State.DECODE, State.PAUSED, State.CANCELLING), s.state
         assert s.state is not State.CANCELLING or s.in_step
         assert s.state is not State.PAUSED or (s.reader_full and not s.in_step)
-        assert s.generated < s.max_tokens
+        assert s.generated < max(1, s.max_tokens)
         assert s.reused < len(s.prompt)
         if s.generated:
             assert s.cached == len(s.prompt) + s.generated - 1
@@ -356,3 +375,4 @@ class Scheduler:
             end = row.start + len(row.tokens)
             assert end <= sequence.reserved
             assert row.sample == (end >= len(sequence.prompt))
+            assert bool(row.scores) <= sequence.scores_prompt

@@ -59,8 +59,12 @@ class Sequence:
     answer: list[int] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
     """Tokens whose text has not been shown yet, where log-probabilities are wanted."""
+    prompt_scored: list[Scored] = field(default_factory=list)
+    """Tokens of the prompt, where their log-probabilities are wanted; shown when all have been read."""
     passed: int = 0
     """Tokens reserved by those who were admitted before it although it was their next."""
+    thought: int = 0
+    """Tokens of the answer that are reasoning."""
     paused: float = 0.0
     """Seconds that it has waited for its reader."""
     turn: int = 0
@@ -93,6 +97,11 @@ class Sequence:
         """Tokens of the prompt that are still to be decoded."""
         return max(0, len(self.prompt) - self.cached)
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether each token of the prompt has to be computed, and its successor scored."""
+        return self.sampling.prompt_logprobs is not None
+
     def computed(self) -> tuple[int, ...]:
         """The tokens whose KV is in the cache."""
         if self.cached <= len(self.prompt):
@@ -100,7 +109,7 @@ class Sequence:
         return (*self.prompt, *self.answer[: self.cached - len(self.prompt)])
 
     def usage(self) -> Usage:
-        return Usage(len(self.prompt), self.generated, self.reused)
+        return Usage(len(self.prompt), self.generated, self.reused, self.thought)
 
     def timings(self, now: float) -> Timings:
         queued_until = self.admitted_at if self.admitted_at is not None else now

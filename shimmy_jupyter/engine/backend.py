@@ -1,9 +1,9 @@
 """What a backend is: something that decodes rows. Calls and results are plain messages, so that the
 same backend can sit in this process or behind a socketpair.
 
-One thread calls `load`, then `load_adapter`, `apply` and `step`, and at last `unload`. Another may call `tokenize`,
-`detokenize`, `compile`, `check` and `abort` meanwhile, as the vocabulary does not change; after `unload`
-the first three raise.
+One thread calls `load`, then `load_adapter`, `apply`, `step` and `embed`, and at last `unload`. Another
+may call `tokenize`, `tokenize_inputs`, `detokenize`, `compile`, `check` and `abort` meanwhile, as the
+vocabulary does not change; after `unload` all but `abort` raise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..core.messages import Sampled, SlotChange, Step
+from ..core.messages import PromptScores, Row, Sampled, SlotChange, Step
 from ..core.room import running_limit
 from ..types import Constraint, ModelFacts
 
@@ -23,7 +23,7 @@ class LoadSpec:
 
     `sequences` that one principal may have running; `threads` 0 is as many as this process may use;
     `gpu_layers` -1 is as many as fit; `nice` is added to the scheduling priority of the threads
-    that compute.
+    that compute. `kv_type` is how the KV cache holds its numbers: f16, q8_0 or q4_0.
     """
 
     path: str
@@ -34,6 +34,7 @@ class LoadSpec:
     threads: int = 0
     gpu_layers: int = -1
     nice: int = 0
+    kv_type: str = "f16"
 
     @property
     def running(self) -> int:
@@ -65,6 +66,19 @@ class StepResult:
     sampled: tuple[Sampled, ...]
     seconds: float
     aborted: bool = False
+    prompts: tuple[PromptScores, ...] = ()
+    """Of the rows that have `scores`, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Vectors of the inputs that ended, in order, each as little-endian float32. An `aborted` call has
+    none, and has left what came before it as it was.
+    """
+
+    vectors: tuple[bytes, ...]
+    seconds: float
+    aborted: bool = False
 
 
 class Backend(Protocol):
@@ -78,6 +92,12 @@ class Backend(Protocol):
 
     def tokenize(self, text: str) -> tuple[int, ...]:
         """Token ids of a whole prompt, special tokens recognised, the model's BOS in front once."""
+        ...
+
+    def tokenize_inputs(self, inputs: tuple[tuple[str, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each text, or of two that are to be compared, as the model wants them to
+        make a vector of; nothing in them is special.
+        """
         ...
 
     def detokenize(self, tokens: tuple[int, ...]) -> bytes:
@@ -110,6 +130,14 @@ class Backend(Protocol):
 
         Raises `EngineCrashed` when this step failed, `EngineLost` when the engine has. A step that
         takes longer than `limit` seconds, where there is one, is aborted.
+        """
+        ...
+
+    def embed(self, rows: tuple[Row, ...], threads: int, limit: float | None = None) -> Embedded:
+        """Compute the rows, and a vector for each that ends its input, which is the one with `sample`.
+
+        A row from position 0 is a new input; what is not continued is forgotten. Raises as `step`
+        does.
         """
         ...
 

@@ -17,16 +17,16 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from ..core.messages import Step
 from ..errors import EngineCrashed, InternalError, ModelLoadFailed, ShimmyError
-from . import wire
-from .backend import Backend, LoadSpec, StepResult
+from . import calls, wire
+from .backend import Backend, Embedded, LoadSpec, StepResult
 from .channel import Channel, Frames, WireError
-from .deep import bounded, in_deep_thread
+from .deep import bounded, in_deep_thread, longest
 
 log = logging.getLogger("shimmy_jupyter.engine")
 
@@ -93,26 +93,27 @@ class _Server:
         except WireError:
             log.exception("what the server asks cannot be understood")
             return False
-        return not isinstance(request, wire.Unload)
+        return not isinstance(request, calls.Unload)
 
-    def _reply(self, request: wire.WorkRequest) -> object:
+    def _reply(self, request: calls.WorkRequest) -> object:
         try:
             match request:
-                case wire.Load():
+                case calls.Load():
                     return self._load(request.spec)
-                case wire.Work():
+                case calls.Work():
                     return self._carry_out(request)
-                case wire.LoadAdapter(path):
+                case calls.Embed():
+                    return self._embed(request)
+                case calls.LoadAdapter(path):
                     self._loaded().load_adapter(path)
-                    return wire.Done()
-                case wire.Unload():
+                case calls.Unload():
                     self._loaded().unload()
-                    return wire.Done()
+            return calls.Done()
         except ShimmyError as error:
-            return wire.Failed.of(error)
+            return calls.Failed.of(error)
         except Exception:
             log.exception("the engine failed in a way that nobody foresaw")
-            return wire.Failed.of(InternalError("the engine failed; the server's log says how"))
+            return calls.Failed.of(InternalError("the engine failed; the server's log says how"))
 
     def _load(self, spec: LoadSpec) -> object:
         try:
@@ -133,7 +134,7 @@ class _Server:
             raise EngineCrashed("no model is loaded")
         return self._backend
 
-    def _carry_out(self, work: wire.Work) -> StepResult:
+    def _carry_out(self, work: calls.Work) -> StepResult:
         failed: ShimmyError | None = None
         for change in work.changes:
             try:
@@ -144,13 +145,26 @@ class _Server:
             raise failed
         return StepResult((), 0.0) if work.step is None else self._step(work, work.step)
 
-    def _step(self, work: wire.Work, step: Step) -> StepResult:
-        with self._stepping:
-            if self._aborted >= work.number:  # it came before the step itself did
+    def _step(self, work: calls.Work, step: Step) -> StepResult:
+        with self._at_work(work.number) as wanted:
+            if not wanted:
                 return StepResult((), 0.0, aborted=True)
-            self._current = work.number
-        try:
             return self._loaded().step(step, work.threads, work.limit)
+
+    def _embed(self, request: calls.Embed) -> Embedded:
+        with self._at_work(request.number) as wanted:
+            if not wanted:
+                return Embedded((), 0.0, aborted=True)
+            return self._loaded().embed(request.rows, request.threads, request.limit)
+
+    @contextlib.contextmanager
+    def _at_work(self, number: int) -> Iterator[bool]:
+        """While it can be aborted. False where that came before the work itself did."""
+        with self._stepping:
+            wanted = self._aborted < number
+            self._current = number if wanted else None
+        try:
+            yield wanted
         finally:
             with self._stepping:
                 self._current = None
@@ -177,7 +191,7 @@ class _Server:
             frames.feed(data)
             while (payload := frames.next(wire.MAX_REQUEST)) is not None:
                 request = wire.side_request(payload)
-                if isinstance(request, wire.Abort):
+                if isinstance(request, calls.Abort):
                     self._abort(loop, request.number)
                 else:
                     tasks.add(task := loop.create_task(self._read_for(request)))
@@ -193,25 +207,33 @@ class _Server:
                 self._loaded().abort()
                 loop.call_later(_AGAIN, self._abort, loop, number)
 
-    async def _read_for(self, request: wire.Tokenize | wire.Detokenize | wire.Compile) -> None:
+    async def _read_for(
+        self,
+        request: calls.Tokenize | calls.TokenizeInputs | calls.Detokenize | calls.Compile,
+    ) -> None:
         reply: object
         try:
             match request:
-                case wire.Tokenize(text):
+                case calls.Tokenize(text):
                     size = len(text.encode("utf-8", "surrogatepass"))
                     found = await in_deep_thread(lambda: self._loaded().tokenize(text), size)
-                    reply = wire.Tokens(found)
-                case wire.Detokenize(ids):
+                    reply = calls.Tokens(found)
+                case calls.TokenizeInputs(inputs):
+                    lists = await in_deep_thread(
+                        lambda: self._loaded().tokenize_inputs(inputs), longest(inputs)
+                    )
+                    reply = calls.TokenLists(lists)
+                case calls.Detokenize(ids):
                     data = await in_deep_thread(lambda: self._loaded().detokenize(ids), 0)
-                    reply = wire.Text(bounded(data))
-                case wire.Compile(constraint):
+                    reply = calls.Text(bounded(data))
+                case calls.Compile(constraint):
                     await in_deep_thread(lambda: self._loaded().compile(constraint), 0)
-                    reply = wire.Done()
+                    reply = calls.Done()
         except ShimmyError as error:
-            reply = wire.Failed.of(error)
+            reply = calls.Failed.of(error)
         except Exception:
             log.exception("reading failed in a way that nobody foresaw")
-            reply = wire.Failed.of(InternalError("the engine failed; the server's log says how"))
+            reply = calls.Failed.of(InternalError("the engine failed; the server's log says how"))
         await asyncio.get_running_loop().sock_sendall(self._side, wire.encode(reply))
 
 

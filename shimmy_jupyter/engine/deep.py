@@ -34,6 +34,12 @@ def bounded(text: bytes) -> bytes:
     return text
 
 
+def longest(inputs: tuple[tuple[str, ...], ...]) -> int:
+    """Bytes of the longest of these texts."""
+    sizes = (len(text.encode("utf-8", "surrogatepass")) for one in inputs for text in one)
+    return max(sizes, default=0)
+
+
 async def in_deep_thread(work: Callable[[], T], text_bytes: int) -> T:
     """What `work` returns or raises, from a thread of its own with a stack for so long a text.
 

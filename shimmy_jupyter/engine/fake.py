@@ -5,13 +5,14 @@ A prompt's tokens are its UTF-8 bytes; an answer's tokens are the pieces that th
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Sequence
 
 from ..core import messages as m
 from ..errors import EngineCrashed, EngineLost, InvalidValue, ModelLoadFailed
-from ..types import Constraint, Failure, ModelFacts, Sampling, Scored
-from .backend import LoadSpec, StepResult
+from ..types import Constraint, EmbeddingFacts, Failure, ModelFacts, Sampling, Scored
+from .backend import Embedded, LoadSpec, StepResult
 
 END = 256
 _FIRST_PIECE = 1000
@@ -33,7 +34,8 @@ class FakeBackend:
 
     `gate`, when given, must be acquired for every step: a test decides when the engine moves on; an
     abort opens it for the step that waits. `fail_at` names the step, counted from 1, that fails.
-    `batches` records each step's rows. It holds what slots hold, so that rows at a wrong position,
+    `batches` records each step's rows, `embedded` those of each call that makes vectors, as `embedding`
+    says. It holds what slots hold, so that rows at a wrong position,
     or changes of what is not there, are found out.
     """
 
@@ -43,6 +45,8 @@ class FakeBackend:
         *,
         gate: threading.Semaphore | None = None,
         fail_at: int | None = None,
+        template: str = TEMPLATE,
+        embedding: EmbeddingFacts | None = None,
     ) -> None:
         self.script, self.gate, self.fail_at = script, gate, fail_at
         self.batches: list[int] = []
@@ -51,6 +55,9 @@ class FakeBackend:
         self.saved: dict[int, list[int]] = {}
         self.adapters: set[str] = set()
         self.loaded = False
+        self.template, self.embedding = template, embedding
+        self.embedded: list[int] = []
+        self._inputs: dict[int, list[int]] = {}
         self._aborted = threading.Event()
         self._pieces: list[bytes] = []
         self._ids: dict[bytes, int] = {}
@@ -68,9 +75,10 @@ class FakeBackend:
             context_size=context,
             kv_tokens=spec.kv_tokens or 16 * context,
             vocabulary=_FIRST_PIECE,
-            chat_template=TEMPLATE,
+            chat_template=self.template,
             longest_token=8,
             slots=2 * spec.running,
+            embedding=self.embedding,
         )
 
     def unload(self) -> None:
@@ -80,6 +88,9 @@ class FakeBackend:
 
     def tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
+
+    def tokenize_inputs(self, inputs: tuple[tuple[str, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple("\n".join(parts).encode()) for parts in inputs)
 
     def detokenize(self, tokens: tuple[int, ...]) -> bytes:
         known = self._pieces
@@ -143,7 +154,30 @@ class FakeBackend:
             seen.extend(row.tokens)
             if row.sample:
                 sampled.append(self._next(row.slot))
-        return StepResult(tuple(sampled), 0.0)
+        prompts = [
+            m.PromptScores(row.slot, tuple(self._prompt_score(row.slot, t) for t in row.scores))
+            for row in step.rows
+            if row.scores
+        ]
+        return StepResult(tuple(sampled), 0.0, prompts=tuple(prompts))
+
+    def embed(self, rows: tuple[m.Row, ...], threads: int, limit: float | None = None) -> Embedded:
+        """The first numbers of a vector are the input's length and its first byte."""
+        if self.gate is not None:
+            self.gate.acquire()
+        self.embedded.append(len(rows))
+        size = (self.embedding or EmbeddingFacts("mean", 4, 64, 64, 4)).width
+        vectors = []
+        for row in rows:
+            held = self._inputs.setdefault(row.slot, []) if row.start else []
+            if row.start != len(held):
+                raise AssertionError(f"slot {row.slot} holds {len(held)}, row starts {row.start}")
+            held.extend(row.tokens)
+            self._inputs[row.slot] = held
+            if row.sample:
+                vector = [float(len(held)), float(held[0]), *[0.0] * size][:size]
+                vectors.append(struct.pack(f"<{size}f", *vector))
+        return Embedded(tuple(vectors), 1e-6)
 
     def abort(self) -> None:
         self._aborted.set()
@@ -176,6 +210,11 @@ class FakeBackend:
             return None
         top = tuple((t, bytes([t]), -0.1 * (t + 1)) for t in range(count))
         return Scored(token, piece, -0.001 * token, top)
+
+    def _prompt_score(self, slot: int, token: int) -> Scored:
+        count = self._sampling[slot].prompt_logprobs or 0
+        top = tuple((t, bytes([t]), -0.1 * (t + 1)) for t in range(count))
+        return Scored(token, bytes([token]), -0.001 * token, top)
 
     def _id(self, piece: str | bytes) -> int:
         data = piece.encode() if isinstance(piece, str) else piece

@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TypeVar
 
-from ..core.messages import SlotChange, Step
+from ..core.messages import Row, SlotChange, Step
 from ..errors import EngineLost, Misconfigured, ModelLoadFailed
 from ..types import Constraint, ModelFacts
-from . import wire
-from .backend import LoadSpec, StepResult
+from . import calls, wire
+from .backend import Embedded, LoadSpec, StepResult
 from .channel import Channel, WireError
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ class IsolatedBackend:
         try:
             with child.working:
                 return child.ask(
-                    child.work, wire.Load(spec), ModelFacts, self._load_seconds, wire.MAX_REPLY
+                    child.work, calls.Load(spec), ModelFacts, self._load_seconds, wire.MAX_REPLY
                 )
         except EngineLost:
             raise  # stays, to say so again
@@ -115,7 +115,7 @@ class IsolatedBackend:
         child = self._running()
         with child.reading:
             found = child.ask(
-                child.side, wire.Tokenize(text), wire.Tokens, self._hang_seconds, wire.MAX_REPLY
+                child.side, calls.Tokenize(text), calls.Tokens, self._hang_seconds, wire.MAX_REPLY
             )
         return found.tokens
 
@@ -123,15 +123,26 @@ class IsolatedBackend:
         child = self._running()
         with child.reading:
             found = child.ask(
-                child.side, wire.Detokenize(tokens), wire.Text, self._hang_seconds, wire.MAX_REPLY
+                child.side, calls.Detokenize(tokens), calls.Text, self._hang_seconds, wire.MAX_REPLY
             )
         return found.text
 
+    def tokenize_inputs(self, inputs: tuple[tuple[str, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        child = self._running()
+        request = calls.TokenizeInputs(inputs)
+        with child.reading:
+            found = child.ask(
+                child.side, request, calls.TokenLists, self._hang_seconds, wire.MAX_REPLY
+            )
+        if len(found.lists) != len(inputs):
+            raise child.lost("tokenized other texts than it was asked to")
+        return found.lists
+
     def compile(self, constraint: Constraint) -> None:
         child = self._running()
-        request = wire.Compile(constraint)
+        request = calls.Compile(constraint)
         with child.reading:
-            child.ask(child.side, request, wire.Done, self._hang_seconds, wire.MAX_STEP_REPLY)
+            child.ask(child.side, request, calls.Done, self._hang_seconds, wire.MAX_STEP_REPLY)
 
     def check(self) -> None:
         child = self._running()
@@ -140,30 +151,48 @@ class IsolatedBackend:
 
     def load_adapter(self, path: str) -> None:
         child = self._running()
-        request = wire.LoadAdapter(path)
+        request = calls.LoadAdapter(path)
         with child.working:
-            child.ask(child.work, request, wire.Done, self._load_seconds, wire.MAX_STEP_REPLY)
+            child.ask(child.work, request, calls.Done, self._load_seconds, wire.MAX_STEP_REPLY)
 
     def apply(self, change: SlotChange) -> None:
         child = self._running()
         self._changes.append(change)
         if len(self._changes) >= _MOST_CHANGES:
-            self._work(child, wire.Work(0, self._taken()))
+            self._work(child, calls.Work(0, self._taken()))
 
     def step(self, step: Step, threads: int, limit: float | None = None) -> StepResult:
         child = self._running()
         self._number += 1
-        work = wire.Work(self._number, self._taken(), step, threads, limit)
+        work = calls.Work(self._number, self._taken(), step, threads, limit)
         result = self._work(child, work, limit or 0.0)
         asked = [row.slot for row in step.rows if row.sample and not result.aborted]
-        if [one.slot for one in result.sampled] != asked:
+        scored = [(row.slot, len(row.scores)) for row in step.rows if row.scores]
+        if [one.slot for one in result.sampled] != asked or (
+            not result.aborted and [(one.slot, len(one.scored)) for one in result.prompts] != scored
+        ):
             raise child.lost("answered for other sequences than it was asked to")
         return result
+
+    def embed(self, rows: tuple[Row, ...], threads: int, limit: float | None = None) -> Embedded:
+        child = self._running()
+        self._number += 1
+        request = calls.Embed(self._number, rows, threads, limit)
+        seconds = self._hang_seconds + (limit or 0.0)
+        with child.working:
+            self._stepping = request.number
+            try:
+                found = child.ask(child.work, request, Embedded, seconds, wire.MAX_REPLY)
+            finally:
+                self._stepping = 0
+        if not found.aborted and len(found.vectors) != sum(row.sample for row in rows):
+            raise child.lost("made vectors of other texts than it was asked to")
+        return found
 
     def abort(self) -> None:
         child, number = self._child, self._stepping
         if child is not None and number:
-            child.side.send_now(wire.encode(wire.Abort(number)))
+            child.side.send_now(wire.encode(calls.Abort(number)))
 
     def _running(self) -> _Child:
         if self._child is None:
@@ -175,7 +204,7 @@ class IsolatedBackend:
         taken, self._changes = tuple(self._changes), []
         return taken
 
-    def _work(self, child: _Child, work: wire.Work, limit: float = 0.0) -> StepResult:
+    def _work(self, child: _Child, work: calls.Work, limit: float = 0.0) -> StepResult:
         with child.working:
             self._stepping = work.number
             try:
@@ -233,7 +262,7 @@ class _Child:
             # Its answer would be taken for that of the next question.
             self.lost("was stopped amid its work")
             raise
-        if not isinstance(found, wire.Failed):
+        if not isinstance(found, calls.Failed):
             return found
         failure = found.error()
         raise self._ended(failure.message) if isinstance(failure, EngineLost) else failure
@@ -288,7 +317,7 @@ class _Child:
 
     def _ask_to_end(self, deadline: float) -> None:
         with contextlib.suppress(EOFError, OSError, WireError, subprocess.TimeoutExpired):
-            self.work.send(wire.encode(wire.Unload()), deadline)
+            self.work.send(wire.encode(calls.Unload()), deadline)
             self.work.receive(wire.MAX_STEP_REPLY, deadline)
             self._process.wait(max(0.0, deadline - time.monotonic()))
 

@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from ..errors import (
     ContextLengthExceeded,
@@ -18,21 +19,40 @@ from ..errors import (
     ShuttingDown,
     UnsupportedParameter,
 )
-from ..types import Constraint, Failure, Message, ModelFacts, Prompt, Sampling
+from ..types import (
+    ChatOptions,
+    Constraint,
+    EmbeddingInput,
+    Failure,
+    Message,
+    ModelFacts,
+    Prompt,
+    Reasoning,
+    Sampling,
+)
 from .backend import Backend, LoadSpec, Sharing
-from .deep import MAX_TEXT_BYTES, bounded, in_deep_thread
+from .deep import MAX_TEXT_BYTES, bounded, in_deep_thread, longest
+from .embedder import Embedder
+from .special import any_of
 from .stream import TokenStream
 from .template import ChatTemplate
+from .thinking import Thinking
 from .turns import Turns
 from .worker import Engine
 
 log = logging.getLogger("shimmy_jupyter.engine")
 
 _SHORT = 4096
-_LONGEST_SPECIAL = 64
+_AS_IT_IS = ChatOptions()
+_INPUTS_AT_ONCE = 64
 
 
-_Node = dict[str, "_Node"]
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt's exact tokens, and what may come before the answer to it."""
+
+    tokens: tuple[int, ...]
+    reasoning: Reasoning | None = None
 
 
 class LoadedModel:
@@ -54,6 +74,17 @@ class LoadedModel:
         self._turns = Turns(max_waiting)
         self._special = special
         self._template: ChatTemplate | None = None
+        self._thinking = Thinking(facts.chat_template or "")
+        self.embedder: Embedder | None = None
+        """What makes vectors, where the model can."""
+        if facts.embedding is not None:
+            self.embedder = Embedder(
+                engine,
+                facts,
+                facts.embedding,
+                max_waiting=max_waiting,
+                fixed_threads=engine.spec.threads > 0,
+            )
         self._adapters: set[str] = set()
         self._closed = False
 
@@ -108,8 +139,17 @@ class LoadedModel:
                 log.warning("a prefix of ShimmyEngine.public_prefixes is of no use: %s", error)
         return tuple(found)
 
-    async def encode(self, prompt: Prompt, principal: str = "") -> tuple[int, ...]:
-        """The prompt's exact tokens, when it is this principal's turn. Raises `QueueFull`, `InvalidValue` where they cannot be had, and
+    async def encode(
+        self, prompt: Prompt, principal: str = "", options: ChatOptions = _AS_IT_IS
+    ) -> tuple[int, ...]:
+        """The prompt's exact tokens. Raises as `prepare` does."""
+        return (await self.prepare(prompt, principal, options)).tokens
+
+    async def prepare(
+        self, prompt: Prompt, principal: str = "", options: ChatOptions = _AS_IT_IS
+    ) -> Encoded:
+        """The prompt's exact tokens, when it is this principal's turn. Raises `QueueFull`,
+        `InvalidValue` or `UnsupportedParameter` where they cannot be had, and
         `ContextLengthExceeded` without counting further where they can never fit.
         """
         if self._closed:
@@ -119,15 +159,17 @@ class LoadedModel:
             self._check_ids(tokens, "prompt")
             with self._losing():
                 await asyncio.to_thread(self.engine.backend.check)
-            return tokens
+            return Encoded(tokens)
         with self._losing():
             async with self._turns.turn(principal):
-                text = prompt if isinstance(prompt, str) else await self._render(prompt)
+                raw = isinstance(prompt, str)
+                text = prompt if isinstance(prompt, str) else await self._render(prompt, options)
                 param = "prompt" if text is prompt else "messages"
                 check = functools.partial(self._check_length, text, param)
                 # Off the event loop, for the sake of others when it is long.
                 size = check() if len(text) < _SHORT else await asyncio.to_thread(check)
-                return await in_deep_thread(lambda: self.engine.backend.tokenize(text), size)
+                found = await in_deep_thread(lambda: self.engine.backend.tokenize(text), size)
+                return Encoded(found, None if raw else self._thinking.reasoning(text))
 
     def between(self, prefix: Prompt, suffix: str) -> str:
         """The prompt for what stands between two texts, the prefix first. Raises
@@ -151,6 +193,51 @@ class LoadedModel:
             await self.engine.errand(lambda: backend.load_adapter(path))
             self._adapters.add(path)
 
+    async def encode_inputs(
+        self, inputs: tuple[EmbeddingInput, ...], names: tuple[str, ...], principal: str
+    ) -> tuple[tuple[int, ...], ...]:
+        """The exact tokens of texts to embed, as many at a time as is one principal's turn. `names`
+        are for errors. Raises `QueueFull`, `InvalidValue` or `ContextLengthExceeded`.
+        """
+        assert self.facts.embedding is not None
+        most = self.facts.embedding.tokens
+        found: list[tuple[int, ...]] = []
+        named = list(zip(inputs, names, strict=True))
+        for at in range(0, len(named), _INPUTS_AT_ONCE):
+            found += await self._encoded_inputs(named[at : at + _INPUTS_AT_ONCE], principal)
+        for tokens, name in zip(found, names, strict=True):
+            if len(tokens) > most:
+                raise ContextLengthExceeded(
+                    f"an input of {len(tokens)} tokens: this model embeds at most {most}",
+                    param=name,
+                )
+        return tuple(found)
+
+    async def _encoded_inputs(
+        self, some: list[tuple[EmbeddingInput, str]], principal: str
+    ) -> list[tuple[int, ...]]:
+        texts: list[tuple[str, ...]] = []
+        for one, name in some:
+            if isinstance(one[0], str):
+                text = tuple(part for part in one if isinstance(part, str))
+                _check_bytes(sum(len(part.encode()) for part in text), name)
+                texts.append(text)
+            else:
+                self._check_ids(tuple(t for t in one if isinstance(t, int)), name)
+        backend, asked = self.engine.backend, tuple(texts)
+        encoded: tuple[tuple[int, ...], ...] = ()
+        if asked:
+            with self._losing():
+                async with self._turns.turn(principal):
+                    encoded = await in_deep_thread(
+                        lambda: backend.tokenize_inputs(asked), longest(asked)
+                    )
+        rest = iter(encoded)
+        return [
+            next(rest) if isinstance(one[0], str) else tuple(t for t in one if isinstance(t, int))
+            for one, _ in some
+        ]
+
     async def compile(self, constraint: Constraint, principal: str = "") -> None:
         """See whether answers can be held to it, when it is this principal's turn. Raises
         `InvalidValue` or `UnsupportedParameter`.
@@ -169,12 +256,14 @@ class LoadedModel:
                 data = await in_deep_thread(lambda: backend.detokenize(tokens), 0)
         return bounded(data).decode("utf-8", "replace")
 
-    async def render(self, messages: Prompt, principal: str = "") -> str:
+    async def render(
+        self, messages: Prompt, principal: str = "", options: ChatOptions = _AS_IT_IS
+    ) -> str:
         """A chat as the template writes it, when it is this principal's turn."""
         assert isinstance(messages, tuple)
         with self._losing():
             async with self._turns.turn(principal):
-                return await self._render(messages)
+                return await self._render(messages, options)
 
     @contextlib.contextmanager
     def _losing(self) -> Iterator[None]:
@@ -185,9 +274,16 @@ class LoadedModel:
             self.engine.lose(Failure(error.code, error.message))
             raise
 
-    async def _render(self, prompt: tuple[int, ...] | tuple[Message, ...]) -> str:
+    async def _render(
+        self, prompt: tuple[int, ...] | tuple[Message, ...], options: ChatOptions
+    ) -> str:
         messages = tuple(turn for turn in prompt if isinstance(turn, Message))
-        return await in_deep_thread(lambda: self._compiled().render(messages), 0)
+
+        def render() -> str:
+            variables = self._thinking.variables(options)
+            return self._compiled().render(messages, variables=variables)
+
+        return await in_deep_thread(render, 0)
 
     def _check_length(self, text: str, param: str) -> int:
         """The text's bytes. Whatever the vocabulary, a token covers at most its longest piece, and a
@@ -204,11 +300,7 @@ class LoadedModel:
                 f"for this model's context of {context}",
                 param=param,
             )
-        if size > MAX_TEXT_BYTES:
-            raise ContextLengthExceeded(
-                f"the prompt has {size} bytes; at most {MAX_TEXT_BYTES} can be tokenized",
-                param=param,
-            )
+        _check_bytes(size, param)
         return size
 
     def submit(
@@ -236,7 +328,7 @@ class LoadedModel:
 
     @property
     def active(self) -> int:
-        return self.engine.active
+        return self.engine.active + (self.embedder.active if self.embedder is not None else 0)
 
     async def close(self) -> None:
         """End its sequences and free the model. What is being tokenized is waited for."""
@@ -272,30 +364,8 @@ class LoadedModel:
         return self._template
 
 
-def any_of(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Matches the longest of the texts. Common beginnings are tried once: some vocabularies have
-    thousands, and a plain alternation looks at each of them at each character.
-    """
-    root: _Node = {}
-    for token in tokens:
-        node = root
-        if len(token) > _LONGEST_SPECIAL:
-            continue  # the count is a lower bound, and a regular expression must not nest for ever
-        for character in token:
-            node = node.setdefault(character, {})
-        if token:
-            node[""] = {}
-    return re.compile(_pattern(root)) if root else None
-
-
-def _pattern(node: _Node) -> str:
-    """The rest of the texts, from this common beginning on."""
-    # A chain without a branch is written at once, so that depth is that of the branches.
-    chain = ""
-    while len(node) == 1 and "" not in node:
-        ((character, node),) = node.items()
-        chain += re.escape(character)
-    rest = [re.escape(c) + _pattern(after) for c, after in node.items() if c]
-    if not rest:
-        return chain
-    return f"{chain}(?:{'|'.join(rest)})" + ("?" if "" in node else "")
+def _check_bytes(size: int, param: str) -> None:
+    if size > MAX_TEXT_BYTES:
+        raise ContextLengthExceeded(
+            f"a text of {size} bytes; at most {MAX_TEXT_BYTES} can be tokenized", param=param
+        )

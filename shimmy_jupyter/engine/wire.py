@@ -14,15 +14,15 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from itertools import chain
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from ..core.messages import Row, Sampled, SlotChange, Step
-from ..errors import EngineCrashed, EngineLost, ShimmyError, from_code
-from ..types import Constraint, Failure, ModelFacts, Scored
-from .backend import LoadSpec, StepResult
+from ..core.messages import PromptScores, Row, Sampled, Step
+from ..types import EmbeddingFacts, Failure, ModelFacts, Scored
+from .backend import Embedded, StepResult
+from .calls import Failed, SideRequest, WorkRequest
 from .channel import WireError
 
 T = TypeVar("T")
@@ -39,104 +39,6 @@ _SIZE = 1 << 53
 _MOST_SLOTS = 1 << 16
 
 
-# Requests
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Answered by `ModelFacts`."""
-
-    spec: LoadSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Changes, then a step if there is one; answered by `StepResult`. `number` is for `Abort`."""
-
-    number: int
-    changes: tuple[SlotChange, ...]
-    step: Step | None = None
-    threads: int = 1
-    limit: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LoadAdapter:
-    """Answered by `Done`."""
-
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Unload:
-    """Answered by `Done`, after which the child ends."""
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    """Of the work with this number and no other. Has no answer of its own."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenize:
-    """Answered by `Tokens`, in order."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Detokenize:
-    """Answered by `Text`, in order."""
-
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Compile:
-    """Answered by `Done`, in order."""
-
-    constraint: Constraint
-
-
-# Replies; any request may be answered by `Failed` too
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    text: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """An error. `lost` tells an `EngineLost` from the `EngineCrashed` whose code it shares."""
-
-    code: str
-    message: str
-    lost: bool = False
-    param: str | None = None
-
-    @classmethod
-    def of(cls, error: ShimmyError) -> Failed:
-        return cls(error.code, error.message, isinstance(error, EngineLost), error.param)
-
-    def error(self) -> ShimmyError:
-        if self.code == EngineCrashed.code:
-            return (EngineLost if self.lost else EngineCrashed)(self.message)
-        return from_code(self.code, self.message, param=self.param)
-
-
 # Messages
 
 
@@ -148,15 +50,9 @@ def encode(message: Any) -> bytes:
     return len(payload).to_bytes(4) + payload
 
 
-WorkRequest = Load | Work | LoadAdapter | Unload
-
-
 def work_request(payload: bytes) -> WorkRequest:
     found: WorkRequest = _decode(payload, WorkRequest)
     return found
-
-
-SideRequest = Abort | Tokenize | Detokenize | Compile
 
 
 def side_request(payload: bytes) -> SideRequest:
@@ -190,6 +86,7 @@ def _plain(value: Any) -> Any:
             [row.start for row in rows],
             [row.tokens for row in rows],
             [row.sample for row in rows],
+            [row.scores for row in rows],
             value.adapter,
         ]
     if type(value) is StepResult:
@@ -204,6 +101,7 @@ def _plain(value: Any) -> Any:
             [one.end_of_generation for one in found],
             [one.failure for one in found],
             [one.scored for one in found],
+            value.prompts,
         ]
     if is_dataclass(value):
         return _named_fields(value)
@@ -333,13 +231,14 @@ def _same_length(*lists: Any) -> None:
 
 
 def _step(values: list[Any]) -> Step:
-    _same_length(values, ".....")
-    (adapter,) = _list(values[4:], str)
+    _same_length(values, "......")
+    (adapter,) = _list(values[5:], str)
     slots, starts = _ids(values[0]), _ids(values[1])
-    tokens, samples = _list(values[2], list), _list(values[3], bool)
-    _same_length(slots, starts, tokens, samples)
-    _ids(list(chain.from_iterable(tokens)))
-    return Step(tuple(map(Row, slots, starts, map(tuple, tokens), samples)), adapter)
+    tokens, samples, scores = _list(values[2], list), _list(values[3], bool), _list(values[4], list)
+    _same_length(slots, starts, tokens, samples, scores)
+    _ids(list(chain.from_iterable([*tokens, *scores])))
+    rows = map(Row, slots, starts, map(tuple, tokens), samples, map(tuple, scores))
+    return Step(tuple(rows), adapter)
 
 
 _LONGEST_PIECE = 4096
@@ -347,7 +246,7 @@ _LONGEST_PIECE = 4096
 
 
 def _step_result(values: list[Any]) -> StepResult:
-    _same_length(values, "........")
+    _same_length(values, ".........")
     seconds, aborted = values[:2]
     if type(seconds) not in {float, int} or type(aborted) is not bool:
         raise WireError("a step's result without its time")
@@ -361,7 +260,8 @@ def _step_result(values: list[Any]) -> StepResult:
     _same_length(slots, tokens, pieces, ends, failures, scores)
     why, scored = _rarely(Failure, failures), _rarely(Scored, scores)
     found = map(Sampled, slots, tokens, pieces, ends, why, scored)
-    return StepResult(tuple(found), seconds, aborted)
+    prompts = _reader(tuple[PromptScores, ...])(values[8])
+    return StepResult(tuple(found), seconds, aborted, prompts)
 
 
 def _rarely(kind: Any, values: list[Any]) -> Iterable[Any]:
@@ -379,12 +279,31 @@ def _scored(values: list[Any]) -> Scored:
     return scored
 
 
-def _facts(values: list[Any]) -> ModelFacts:
-    """The scheduler counts with them."""
-    facts: ModelFacts = _record(ModelFacts)(values)
+def _embedded(values: list[Any]) -> Embedded:
+    found: Embedded = _record(Embedded)(values)
+    if not (math.isfinite(found.seconds) and 0 <= found.seconds < _SIZE):
+        raise WireError("a time that none can be")
+    return found
+
+
+def _check_sizes(facts: ModelFacts | EmbeddingFacts) -> None:
     sizes = [size for field in fields(facts) if type(size := getattr(facts, field.name)) is int]
     if min(sizes) < 0 or max(sizes) >= _SIZE:
         raise WireError("a size that none can be")
+
+
+def _embedding_facts(values: list[Any]) -> EmbeddingFacts:
+    facts: EmbeddingFacts = _record(EmbeddingFacts)(values)
+    _check_sizes(facts)
+    if min(facts.width, facts.tokens, facts.batch_tokens, facts.sequences) < 1:
+        raise WireError("a size of nothing")
+    return facts
+
+
+def _facts(values: list[Any]) -> ModelFacts:
+    """The scheduler counts with them."""
+    facts: ModelFacts = _record(ModelFacts)(values)
+    _check_sizes(facts)
     if min(facts.kv_bytes_per_token, facts.threads, facts.slots, facts.context_size) < 1:
         raise WireError("a size of nothing")
     if facts.vocabulary >= _ID or facts.slots > _MOST_SLOTS:
@@ -396,5 +315,7 @@ _BY_HAND: dict[Any, Read] = {
     Step: _step,
     StepResult: _step_result,
     ModelFacts: _facts,
+    EmbeddingFacts: _embedding_facts,
+    Embedded: _embedded,
     Scored: _scored,
 }

@@ -321,7 +321,7 @@ class Engine:
         self.statistics.steps += 1
         self.statistics.tokens += len(result.sampled)
         self.statistics.rows[len(step.rows)] = self.statistics.rows.get(len(step.rows), 0) + 1
-        return m.Stepped(result.sampled, result.seconds, plan.threads)
+        return m.Stepped(result.sampled, result.seconds, plan.threads, result.prompts)
 
     def _carry_out(self, instructions: list[m.Instruction]) -> m.Step | None:
         for instruction in instructions:

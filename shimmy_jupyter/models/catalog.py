@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -17,7 +18,7 @@ SELF_TEST = "self-test"
 _DEEPEST = 32
 _BUNDLED = Path(__file__).parent.parent / "bundled" / "self-test.gguf"
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._:@-]+")
-_LATER_SHARD = re.compile(r"-(\d{5})-of-\d{5}$")
+_LATER_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _LONGEST_NAME = 119  # leaves room for "@" and 8 hex digits within 128
 
 
@@ -63,9 +64,21 @@ def discover(roots: Iterable[Path]) -> list[ModelFile]:
             inside = resolved.is_relative_to(resolved_root)
             if inside and stat.S_ISREG(status.st_mode) and resolved not in seen:
                 seen.add(resolved)
-                found.append(_entry(_name(path, resolved, taken), resolved, status))
-    found.append(_entry(SELF_TEST, _BUNDLED, _BUNDLED.stat(), bundled=True))
+                size = status.st_size + (_others(resolved, int(shard[2])) if shard else 0)
+                found.append(_entry(_name(path, resolved, taken), resolved, status, size))
+    bundled = _BUNDLED.stat()
+    found.append(_entry(SELF_TEST, _BUNDLED, bundled, bundled.st_size, bundled=True))
     return found
+
+
+def _others(first: Path, count: int) -> int:
+    """Bytes of the other files of a model that is split; of those that are there."""
+    size = 0
+    for number in range(2, count + 1):
+        other = first.with_name(f"{first.name[:-20]}-{number:05}-of-{count:05}.gguf")
+        with contextlib.suppress(OSError):
+            size += other.stat().st_size
+    return size
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -84,8 +97,10 @@ def _files(root: Path) -> Iterator[Path]:
             log.warning("the models' folder %r cannot be read", str(folder))
 
 
-def _entry(id: str, path: Path, status: os.stat_result, *, bundled: bool = False) -> ModelFile:
-    return ModelFile(id, path, status.st_size, int(status.st_mtime), bundled)
+def _entry(
+    id: str, path: Path, status: os.stat_result, size: int, *, bundled: bool = False
+) -> ModelFile:
+    return ModelFile(id, path, size, int(status.st_mtime), bundled)
 
 
 def _name(path: Path, resolved: Path, taken: set[str]) -> str:

@@ -85,16 +85,23 @@ def to_inert_markdown(markdown: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is known of an answer so far. `note` is a short line of figures or of what happened."""
+    """What is known of an answer so far. `note` is a short line of figures or of what happened,
+    `reasoning` what came before the answer: folded up once that has begun.
+    """
 
     text: str
     note: str = ""
+    reasoning: str = ""
 
     def bundle(self) -> dict[str, str]:
         """Every representation, as IPython's display wants them."""
         body = to_html(self.text)
         note, plain = clean(self.note), clean(self.text)
         small = note and f'<p><small style="opacity:0.7">{html.escape(note)}</small></p>'
+        if self.reasoning:
+            unfolded = "" if self.text else " open"
+            thought = to_html(self.reasoning)
+            body = f"<details{unfolded}><summary>Reasoning</summary>{thought}</details>{body}"
         return {
             "text/html": f'<div class="shimmy-answer">{body}{small}</div>',
             "text/markdown": to_inert_markdown(self.text),

@@ -191,7 +191,7 @@ class _View:
 
     def __init__(self, *, rich: bool, stream: bool) -> None:
         self._rich, self._stream = rich, stream
-        self._text = ""
+        self._text = self._reasoning = ""
         self._id: str | None = None
         self._pace = Pace()
 
@@ -203,12 +203,12 @@ class _View:
             if not self._rich:
                 print(clean(text), end="", flush=True)
             elif self._pace.due(time.monotonic()):
-                self._show(Answer(self._text))
+                self._show(Answer(self._text, "", self._reasoning))
 
     def end(self, note: str) -> None:
         if self._rich:
             if self._text or note != "failed":
-                self._show(Answer(self._text, note))
+                self._show(Answer(self._text, note, self._reasoning))
         elif self._text:
             whole = "" if self._stream else clean(self._text)
             print(f"{whole}\n[{note}]")
@@ -226,8 +226,11 @@ class _View:
                 continue
             for choice in item["choices"]:
                 reason = choice["finish_reason"] or reason
+                self._reasoning += choice["delta"].get("reasoning_content", "")
                 if text := choice["delta"].get("content"):
                     yield text
+                elif self._reasoning and not self._text:
+                    yield ""
             last = item
         self.end(_figures(last, reason))
 

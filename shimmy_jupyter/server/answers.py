@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..completion import Completion, Delta
+from ..completion import Completion, Delta, Echo
 from ..errors import ShimmyError
 from ..models.lifecycle import ModelStatus
 from ..types import Ended, Scored, Usage
@@ -20,6 +20,8 @@ PATIENCE = 1.0
 # `json.dumps` makes an encoder each time that it is not asked for its defaults.
 _quoted = json.JSONEncoder(ensure_ascii=False).encode
 DONE = b"data: [DONE]\n\n"
+_FIELDS = ("content", "reasoning_content")
+"""Of a chat's chunk, by whether its text is reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,15 @@ class Shape:
 
     def choice(self, index: int, answer: Answer, reason: str | None) -> dict[str, Any]:
         text = "".join(answer.texts)
-        body: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}}
-            if self.chat
-            else {"text": text}
-        )
-        scores = self.scores(answer.scored, 0) if answer.scored else None
+        message = {"role": "assistant", "content": text, "refusal": None}
+        if answer.reasoning:
+            message["reasoning_content"] = "".join(answer.reasoning)
+        body: dict[str, Any] = {"message": message} if self.chat else {"text": text}
+        scores = None
+        if answer.prompt is not None:
+            scores = prompt_scores(answer.prompt, answer.first, answer.scored)
+        elif answer.scored or answer.thought:
+            scores = self.scores(answer.scored, 0, answer.thought)
         return {"index": index, **body, "logprobs": scores, "finish_reason": reason}
 
     def delta(
@@ -60,10 +65,17 @@ class Shape:
         body: dict[str, Any] = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         return {"index": index, **body, "logprobs": scores, "finish_reason": reason}
 
-    def scores(self, scored: Sequence[Scored], offset: int) -> dict[str, Any]:
-        """`offset` is the characters of the answer before these tokens."""
+    def scores(
+        self, scored: Sequence[Scored], offset: int, thought: Sequence[Scored] = ()
+    ) -> dict[str, Any]:
+        """`offset` is the characters of the answer before these tokens; `thought` are those of the
+        reasoning.
+        """
         if self.chat:
-            return {"content": [_chat_score(one) for one in scored], "refusal": None}
+            found = {"content": [_chat_score(one) for one in scored], "refusal": None}
+            if thought:
+                found["reasoning_content"] = [_chat_score(one) for one in thought]
+            return found
         offsets = []
         for one in scored:
             offsets.append(offset)
@@ -87,6 +99,29 @@ class Answer:
 
     texts: list[str] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    thought: list[Scored] = field(default_factory=list)
+    """The tokens of the reasoning."""
+    prompt: Sequence[Scored] | None = None
+    """The prompt's tokens but the first, where they are wanted."""
+    first: str = ""
+
+    def add(self, delta: Delta) -> None:
+        if delta.prompt:
+            self.prompt = delta.scored
+            return
+        (self.reasoning if delta.reasoning else self.texts).append(delta.text)
+        scores = self.thought if delta.reasoning else self.scored
+        scores += delta.scored
+
+
+def prompt_scores(
+    prompt: Sequence[Scored], first: str, answer: Sequence[Scored] = ()
+) -> dict[str, Any]:
+    """Of a text completion that begins with its prompt, whose first token has no probability."""
+    found = COMPLETION.scores([*prompt, *answer], len(first))
+    before = {"tokens": first, "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
+    return {name: [value, *found[name]] for name, value in before.items()}
 
 
 def _shown(piece: bytes) -> str:
@@ -107,6 +142,7 @@ def usage(used: Usage) -> dict[str, Any]:
         "completion_tokens": used.completion_tokens,
         "total_tokens": used.total_tokens,
         "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
     }
 
 
@@ -129,11 +165,12 @@ def figures(request_id: str, ended: Ended) -> dict[str, Any]:
 async def body(shape: Shape, parsed: Parsed, completion: Completion, created: int) -> bytes:
     """The whole answer as one JSON body. Raises what ended the completion."""
     request = parsed.request
-    choices = [Answer() for _ in range(request.n)]
+    echo = completion.echo
+    texts, first = ([echo.text], echo.first) if echo is not None else ([], "")
+    choices = [Answer(texts=list(texts), first=first) for _ in range(request.n)]
     while deltas := await completion.read():
         for delta in deltas:
-            choices[delta.index].texts.append(delta.text)
-            choices[delta.index].scored += delta.scored
+            choices[delta.index].add(delta)
     return _dump(
         {
             "id": shape.prefix + request.request_id,
@@ -167,18 +204,21 @@ class EventWriter:
         if parsed.include_usage:
             head["usage"] = None
         self._head = head
-        self._spliced: list[tuple[bytes, bytes]] = []
+        # By choice, then by whether it is reasoning.
+        self._spliced: list[list[tuple[bytes, bytes]]] = []
         for index in range(parsed.request.n):
-            template = event(head | {"choices": [shape.delta(index, {"content": mark}, None)]})
-            before, _, after = template.partition(json.dumps(mark).encode())
-            self._spliced.append((before, after))
+            self._spliced.append([])
+            for name in _FIELDS:
+                template = event(head | {"choices": [shape.delta(index, {name: mark}, None)]})
+                before, _, after = template.partition(json.dumps(mark).encode())
+                self._spliced[-1].append((before, after))
         self._lengths = [0] * parsed.request.n
 
     async def events(self, completion: Completion) -> AsyncIterator[bytes]:
         """Everything to send, some events at a time. An error before the first is raised; a later
         one is the last event. Comments say what it waits for while there is no text.
         """
-        data = self._opening()
+        data = self._opening(completion.echo)
         told = False
         while not await completion.wait(PATIENCE):
             yield self._comment(completion)
@@ -191,7 +231,7 @@ class EventWriter:
             yield event(error.to_json(self._parsed.request.request_id))
             return
         while deltas:
-            yield data + b"".join(map(self._delta, deltas))
+            yield data + b"".join(self._delta(delta, completion.echo) for delta in deltas)
             data = b""
             try:
                 deltas = await completion.read()
@@ -220,7 +260,10 @@ class EventWriter:
             + b"\n\n"
         )
 
-    def _opening(self) -> bytes:
+    def _opening(self, echo: Echo | None) -> bytes:
+        if echo is not None and self._parsed.request.sampling.prompt_logprobs is None:
+            deltas = [Delta(index, echo.text) for index in range(self._parsed.request.n)]
+            return b"".join(self._delta(delta, echo) for delta in deltas)
         if not self._shape.chat:
             return b""
         role = {"role": "assistant", "content": ""}
@@ -229,14 +272,23 @@ class EventWriter:
             for index in range(self._parsed.request.n)
         )
 
-    def _delta(self, delta: Delta) -> bytes:
+    def _delta(self, delta: Delta, echo: Echo | None) -> bytes:
+        if delta.prompt and echo is not None:
+            self._lengths[delta.index] += len(echo.text)
+            scores = prompt_scores(delta.scored, echo.first)
+            choice = self._shape.delta(delta.index, {"content": echo.text}, None, scores)
+            return event(self._head | {"choices": [choice]})
         if not delta.scored:
             self._lengths[delta.index] += len(delta.text)
-            before, after = self._spliced[delta.index]
+            before, after = self._spliced[delta.index][delta.reasoning]
             return before + _quoted(delta.text).encode() + after
-        scores = self._shape.scores(delta.scored, self._lengths[delta.index])
+        answer = Answer()
+        answer.add(delta)
+        length = self._lengths[delta.index]
+        scores = self._shape.scores(answer.scored, length, answer.thought)
         self._lengths[delta.index] += len(delta.text)
-        choice = self._shape.delta(delta.index, {"content": delta.text}, None, scores)
+        text = {_FIELDS[delta.reasoning]: delta.text}
+        choice = self._shape.delta(delta.index, text, None, scores)
         return event(self._head | {"choices": [choice]})
 
     def _closing(self, completion: Completion) -> bytes:

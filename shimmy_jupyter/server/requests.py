@@ -11,69 +11,30 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import Field, PlainValidator
 
-from ..errors import InvalidValue, UnknownParameter, UnsupportedParameter
-from ..types import CompletionRequest, Constraint, Message, Principal, Prompt, Sampling
-
-_LABELS = frozenset(
-    "user metadata prompt_cache_key prompt_cache_retention safety_identifier".split()
+from ..errors import InvalidValue, UnsupportedParameter
+from ..types import (
+    ChatOptions,
+    CompletionRequest,
+    Constraint,
+    Message,
+    Principal,
+    Prompt,
+    Sampling,
 )
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "reasoning_effort": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": (),
-    "web_search_options": (),
-}
-"""Beside null. Several become features later; until then they are refused, not ignored."""
+from .fields import LIMIT, Body, Name, Text, Tokens, as_prompt, ignored, validated
+
 _MESSAGE_NEUTRAL = ("audio", "function_call", "refusal", "tool_call_id", "tool_calls")
-_MOST_FIELDS = 200
-_MOST_BIASES = 1024
-_FIELDS = tuple(
-    "content description include_usage json_schema name role schema strict text type value".split()
-)
-_LIMIT = 2**31 - 1
 _MOST_CHOICES = 16
 _MOST_LOGPROBS = 20
 
 
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair is not a character") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
-Name = Annotated[Text, Field(min_length=1, max_length=256)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[Text, Field(min_length=1, max_length=512)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Tokens = Annotated[int, Field(ge=0, le=_LIMIT)]
-
-
-class Body(BaseModel):
-    """Strict: a number is no text, and infinity no number."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-
-
-_B = TypeVar("_B", bound=Body)
 
 
 class _Part(Body):
@@ -136,33 +97,35 @@ class _Common(Body):
     stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
 
 
-class _Chat(_Common):
+class Templated(Body):
+    """How a chat is rendered."""
+
+    thinking: bool | Annotated[int, Field(ge=0, le=LIMIT)] | None = None
+    reasoning_effort: Annotated[Text, Field(min_length=1, max_length=32)] | None = None
+    chat_template_kwargs: Annotated[dict[Name, Any], Field(max_length=32)] | None = None
+
+    def given(self) -> str | None:
+        """One of these fields that is there."""
+        return next(
+            (name for name in Templated.model_fields if getattr(self, name) is not None), None
+        )
+
+    def chat_options(self) -> ChatOptions:
+        return ChatOptions(self.thinking, self.reasoning_effort, self.chat_template_kwargs or {})
+
+
+class _Chat(_Common, Templated):
     messages: Annotated[list[Turn], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
 
 
-def as_prompt(value: Any) -> Prompt:
-    """By hand: pydantic tries every branch of a union on every element before it gives up."""
-    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], int):
-        value = value[0]
-    if isinstance(value, str):
-        return _unicode(value)
-    if not isinstance(value, list):
-        raise ValueError("a prompt is a text, or a list of token ids")  # noqa: TRY004  pydantic's
-    if len(value) > 1 and isinstance(value[0], str | list):
-        raise ValueError("one prompt in a request, please")
-    wrong = next((v for v in value if type(v) is not int or not 0 <= v <= _LIMIT), None)
-    if wrong is not None:
-        raise ValueError(f"{str(wrong)[:20]!r} is not a token id")
-    return tuple(value)
-
-
 class _Completion(_Common):
     prompt: Annotated[Any, PlainValidator(as_prompt)]
     logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
     suffix: Text | None = None
+    echo: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,51 +157,11 @@ def parse_chat(body: bytes | dict[str, Any], request_id: str, principal: Princip
 def parse_completion(body: bytes | dict[str, Any], request_id: str, principal: Principal) -> Parsed:
     """Raises `InvalidValue` or `UnsupportedParameter`, naming the field."""
     completion = validated(_Completion, body)
+    if completion.echo and completion.suffix:
+        raise InvalidValue("with a suffix the prompt cannot begin the answer", param="echo")
+    if completion.echo and completion.logprobs is not None and (completion.n or 1) > 1:
+        raise InvalidValue("a prompt's log-probabilities come with one choice", param="n")
     return _parsed(completion, completion.prompt, completion.max_tokens, request_id, principal)
-
-
-def validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
-    """Raises `InvalidValue`, or `UnknownParameter` where the kind forbids further fields."""
-    data = _json(body) if isinstance(body, bytes) else body
-    if len(data) > _MOST_FIELDS:
-        raise InvalidValue(f"the body has {len(data)} fields; {_MOST_FIELDS} are the most")
-    bias = data.get("logit_bias")
-    if isinstance(bias, dict) and len(bias) > _MOST_BIASES:
-        # Here, as pydantic looks at all of them before it counts.
-        raise InvalidValue(f"at most {_MOST_BIASES} tokens", param="logit_bias")
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        if first["type"] == "extra_forbidden":
-            name = str(first["loc"][-1])[:64]
-            raise UnknownParameter("there is no such field here", param=name) from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise InvalidValue(message, param=_field(first["loc"])) from None
-
-
-def _field(location: tuple[int | str, ...]) -> str | None:
-    """The field's path as a client writes it; the names of a union's branches are pydantic's."""
-    parts = [
-        str(part)
-        for i, part in enumerate(location)
-        if i == 0 or isinstance(part, int) or part in _FIELDS
-    ]
-    return ".".join(parts) or None
-
-
-def _json(body: bytes) -> Any:
-    try:
-        data = json.loads(body, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidValue(f"the body is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InvalidValue("the body must be a JSON object")
-    return data
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def as_message(message: Turn, path: str) -> Message:
@@ -283,7 +206,9 @@ def _parsed(
         max_tokens=max_tokens,
         sampling=_sampling(body),
         suffix=(body.suffix or "") if isinstance(body, _Completion) else "",
+        echo=bool(body.echo) if isinstance(body, _Completion) else False,
         n=body.n or 1,
+        chat=body.chat_options() if isinstance(body, _Chat) else ChatOptions(),
         adapter=body.adapter or "",
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         reproducible=bool(body.reproducible),
@@ -296,7 +221,7 @@ def _parsed(
         request=request,
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
-        ignored=(*_ignored(body.model_extra or {}), *_ignored_inside(body)),
+        ignored=(*ignored(body.model_extra or {}), *_ignored_inside(body)),
     )
 
 
@@ -319,17 +244,23 @@ def _sampling(body: _Common) -> Sampling:
         if (value := getattr(body, name)) is not None
     }
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     if isinstance(body, _Chat):
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
     elif isinstance(body, _Completion):
         logprobs = body.logprobs
+        prompt_logprobs = logprobs if body.echo else None
     bias = []
     for token, value in (body.logit_bias or {}).items():
         if not re.fullmatch(r"[0-9]{1,10}", token):
             raise InvalidValue(f"{token[:20]!r} is not a token id", param="logit_bias")
         bias.append((int(token), value))
     return Sampling(
-        logit_bias=tuple(bias), logprobs=logprobs, constraint=_constraint(body), **given
+        logit_bias=tuple(bias),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        constraint=_constraint(body),
+        **given,
     )
 
 
@@ -358,16 +289,3 @@ def _ignored_inside(body: _Common) -> Iterator[str]:
             for name in message.model_extra or ():
                 if name not in _MESSAGE_NEUTRAL:
                     yield f"messages.{i}.{name}"
-
-
-def _ignored(extra: dict[str, Any]) -> tuple[str, ...]:
-    ignored = []
-    for name, value in extra.items():
-        if name in _NEUTRAL:
-            # 0 equals False, and `logprobs: 0` asks for something.
-            neutral = any(value == n and type(value) is type(n) for n in _NEUTRAL[name])
-            if value is not None and not neutral:
-                raise UnsupportedParameter(f"{name} is not supported", param=name)
-        elif name in _LABELS or value is not None:
-            ignored.append(name)
-    return tuple(ignored)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, PlainValidator
 
 from ..errors import InvalidValue
-from ..types import Message, Prompt
-from .requests import Body, Name, Turn, as_message, as_prompt, validated
+from ..types import ChatOptions, Message, Prompt
+from .fields import Body, Name, as_prompt, validated
+from .requests import Templated, Turn, as_message
 
 MAX_TOKENS = 1 << 17
 """The most that are made a text of at once."""
@@ -20,7 +21,7 @@ class _Own(Body):
     model: Name
 
 
-class _Tokenize(_Own):
+class _Tokenize(Templated, _Own):
     prompt: Annotated[Any, PlainValidator(as_prompt)] | None = None
     messages: (
         Annotated[list[Turn], Field(min_length=1, max_length=10_000, fail_fast=True)] | None
@@ -31,7 +32,7 @@ class _Detokenize(_Own):
     tokens: Annotated[Any, PlainValidator(as_prompt)]
 
 
-class _Template(_Own):
+class _Template(Templated, _Own):
     messages: Annotated[list[Turn], Field(min_length=1, max_length=10_000, fail_fast=True)]
 
 
@@ -41,6 +42,7 @@ class Tokenize:
 
     model: str
     prompt: Prompt
+    options: ChatOptions = field(default_factory=ChatOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,11 @@ def parse_tokenize(body: bytes) -> Tokenize:
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidValue("either a prompt or messages, please", param="prompt")
     if asked.messages is not None:
-        return Tokenize(asked.model, _messages(asked.messages))
+        return Tokenize(asked.model, _messages(asked.messages), asked.chat_options())
     if not isinstance(asked.prompt, str):
         raise InvalidValue("a prompt to tokenize is a text", param="prompt")
+    if (given := asked.given()) is not None:
+        raise InvalidValue("this is for messages, not for a prompt", param=given)
     return Tokenize(asked.model, asked.prompt)
 
 
@@ -76,7 +80,7 @@ def parse_detokenize(body: bytes) -> Detokenize:
 def parse_template(body: bytes) -> Tokenize:
     """Raises `InvalidValue` or `UnknownParameter`, naming the field."""
     asked = validated(_Template, body)
-    return Tokenize(asked.model, _messages(asked.messages))
+    return Tokenize(asked.model, _messages(asked.messages), asked.chat_options())
 
 
 def _messages(turns: list[Turn]) -> tuple[Message, ...]:

@@ -122,7 +122,14 @@ class TestDenied:
             ("read", "shimmy_jupyter:models"),
             ("read", "shimmy_jupyter:metrics"),
         }
-        computes = ("completions", "tokenize", "detokenize", "apply-template")
+        computes = (
+            "completions",
+            "embeddings",
+            "rerank",
+            "tokenize",
+            "detokenize",
+            "apply-template",
+        )
         assert (asked[0] == "execute") == path.endswith(computes)
 
     async def test_one_denial_does_not_decide_the_next_route(

@@ -221,3 +221,51 @@ async def test_refused(
 ) -> None:
     status, error = await refused(jp_fetch, *path, body=json.dumps({"model": MODEL} | fields))
     assert (status, error["code"], error["param"]) == (400, code, param)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 2])
+async def test_a_prompt_in_front(server: Any, jp_fetch: Any, stream: bool, max_tokens: int) -> None:
+    def whole(body: bytes) -> tuple[str, dict[str, list[Any]]]:
+        text, scores = "", dict[str, list[Any]]()
+        for chunk in events(body) if stream else [json.loads(body)]:
+            for choice in chunk["choices"]:
+                text += choice["text"]
+                for name, values in (choice["logprobs"] or {}).items():
+                    scores.setdefault(name, []).extend(values)
+        return text, scores
+
+    asked = {"model": MODEL, "prompt": "ab c", "echo": True, "max_tokens": max_tokens}
+    answer = ["ab ", "c "][:max_tokens]
+    body = json.dumps({**asked, "stream": stream})
+    text, scores = whole((await jp_fetch(*COMPLETIONS, method="POST", body=body)).body)
+    assert (text, scores) == ("ab c" + "".join(answer), {})
+
+    body = json.dumps({**asked, "logprobs": 1, "stream": stream})
+    text, scores = whole((await jp_fetch(*COMPLETIONS, method="POST", body=body)).body)
+    assert text == "ab c" + "".join(answer)
+    assert scores["tokens"] == ["a", "b", " ", "c", *answer]
+    assert scores["text_offset"] == [0, 1, 2, 3, 4, 7][: 4 + max_tokens]
+    assert scores["token_logprobs"][:4] == [None, -0.098, -0.032, -0.099]
+    assert scores["top_logprobs"][0] is None
+    assert all(len(top) == 1 for top in scores["top_logprobs"][1:])
+
+
+async def test_a_prompt_of_tokens_in_front(server: Any, jp_fetch: Any) -> None:
+    answer = await post(jp_fetch, *COMPLETIONS, prompt=[104], echo=True, logprobs=0, max_tokens=0)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("h", "length")
+    assert choice["logprobs"]["token_logprobs"] == [None]
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"suffix": "x"}, "echo"), ({"logprobs": 1, "n": 2}, "n"), ({"echo": 1}, "echo")],
+)
+async def test_what_does_not_go_with_it(
+    server: Any, jp_fetch: Any, fields: dict[str, Any], param: str
+) -> None:
+    body = json.dumps({"model": MODEL, "prompt": "x", "echo": True, **fields})
+    status, error = await refused(jp_fetch, *COMPLETIONS, body=body)
+    assert (status, error["param"]) == (400, param)

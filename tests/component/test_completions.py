@@ -69,6 +69,7 @@ async def test_one_body(server: Any, jp_fetch: Any) -> None:
         "completion_tokens": 4,  # three words and the end token
         "total_tokens": prompt + 4,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert answer["shimmy"]["request_id"] == response.headers["x-shimmy-request-id"]
     assert answer["shimmy"]["queue_ms"] >= 0

@@ -13,6 +13,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import random_gguf
@@ -20,6 +21,7 @@ import random_gguf
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import InvalidValue, ModelLoadFailed, ShuttingDown
+from shimmy_jupyter.models.catalog import discover
 from shimmy_jupyter.types import FinishReason, Message, Sampling
 
 from . import conftest
@@ -198,7 +200,7 @@ class TestPrompts:
 
 
 class TestLoading:
-    async def refused(self, path: Path, **spec: int) -> str:
+    async def refused(self, path: Path, **spec: Any) -> str:
         with pytest.raises(ModelLoadFailed) as caught:
             await LoadedModel.load(conftest.making, LoadSpec(path=str(path), **spec))
         assert str(path.parent) not in caught.value.message
@@ -221,9 +223,40 @@ class TestLoading:
         path = random_gguf.write(tmp_path / "nan.gguf", nan=True)
         assert "not finite" in await self.refused(path)
 
-    async def test_models_that_only_embed(self, tmp_path: Path) -> None:
-        path = random_gguf.write(tmp_path / "bert.gguf", causal=False)
-        assert "only makes embeddings" in await self.refused(path)
+    @pytest.mark.parametrize(
+        ("kv_type", "bytes_each"), [("f16", 2), ("q8_0", 34 / 32), ("q4_0", 18 / 32)]
+    )
+    async def test_types_of_the_cache(
+        self, tmp_path: Path, kv_type: str, bytes_each: float
+    ) -> None:
+        shape = random_gguf.Shape(head_width=32)
+        path = random_gguf.write(tmp_path / "wide.gguf", shape)
+        prompt = tuple(b"once upon a time ")
+        async with loaded(path, kv_type=kv_type, kv_tokens=4096) as model:
+            assert model.facts.kv_bytes_per_token == 2 * 2 * 2 * 32 * bytes_each
+            text, ended = await ask(model, prompt, 30)
+            again, cached = await ask(model, prompt * 4, 30, who="other")
+        assert ended.usage.completion_tokens > 1
+        assert (text, again, cached) != ("", "", None)
+
+    async def test_a_cache_that_the_heads_do_not_fit(self, random_model: Path) -> None:
+        assert "kv_type" in await self.refused(random_model, kv_type="q8_0")
+
+    async def test_a_model_that_is_split(self, tmp_path: Path) -> None:
+        whole = random_gguf.write(tmp_path / "whole.gguf")
+        parts = random_gguf.write(tmp_path / "split.gguf", split=7)
+        assert parts.name == "split-00001-of-00003.gguf"
+        async with loaded(whole) as one, loaded(parts) as other:
+            prompt = tuple(b"once upon a time ")
+            assert await self.text(one, prompt) == await self.text(other, prompt)
+        sizes = {file.id: file.size_bytes for file in discover([tmp_path]) if not file.bundled}
+        assert set(sizes) == {"whole", "split"}
+        assert sizes["split"] >= sizes["whole"]
+        parts.with_name("split-00003-of-00003.gguf").unlink()
+        assert "refused the file" in await self.refused(parts)
+
+    async def text(self, model: LoadedModel, prompt: tuple[int, ...]) -> str:
+        return (await ask(model, prompt, 20))[0]
 
     async def test_more_context_than_the_model_knows(self, random_model: Path) -> None:
         assert "knows only 2048" in await self.refused(random_model, context_size=4096)

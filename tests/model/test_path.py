@@ -28,6 +28,7 @@ from kernel_session import Kernel, RunningServer, kernel, running_server, text_o
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
 
+THINKS = random_gguf.CHATML + "{% if enable_thinking == false %}<think></think>{% endif %}"
 LEN = "Return the number of items in a container."
 
 
@@ -36,6 +37,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     models = tmp_path_factory.mktemp("models")
     shape = random_gguf.Shape(layers=4, width=256, heads=8, head_width=32, hidden=1024)
     random_gguf.write(models / "slow.gguf", shape, seed=3)
+    script = ("<think>", "why ", "not", "</think>", "<tool_call>", '{"f": 1}', "</tool_call>")
+    random_gguf.write_chain(models / "thinks.gguf", script, template=THINKS)
     with running_server(environment={"SHIMMY_MODEL_PATHS": str(models)}) as running:
         yield running
 
@@ -123,7 +126,11 @@ class TestOpenAI:
     }
 
     def test_models(self, client: openai.OpenAI) -> None:
-        assert [model.id for model in client.models.list()] == ["slow", "self-test"]
+        assert [model.id for model in client.models.list()] == [
+            "slow",
+            "thinks",
+            "self-test",
+        ]
         assert client.models.retrieve("self-test").owned_by == "shimmy"
         with pytest.raises(openai.NotFoundError) as caught:
             client.models.retrieve("ghost")
@@ -180,6 +187,54 @@ class TestOpenAI:
                 assert answer["name"] in ("len", "max")
                 assert answer["returns"] in (0, 1)
         assert "stop" in reasons
+
+    def test_reasoning_and_a_tool_call_that_nobody_parses(self, client: openai.OpenAI) -> None:
+        ask = {**self.ASK, "model": "thinks"}
+        message = client.chat.completions.create(**ask).choices[0].message
+        assert message.content == '<tool_call>{"f": 1}</tool_call>'
+        assert message.model_extra == {"reasoning_content": "why not"}
+        assert message.tool_calls is None
+        texts, thought = "", ""
+        scored = {"content": b"", "reasoning_content": b""}
+        for chunk in client.chat.completions.create(**ask, stream=True, logprobs=True):
+            (choice,) = chunk.choices
+            texts += choice.delta.content or ""
+            thought += (choice.delta.model_extra or {}).get("reasoning_content", "")
+            if choice.logprobs is not None:
+                scores = choice.logprobs.model_dump()
+                for kind in scored:
+                    for one in scores.get(kind) or []:
+                        scored[kind] += bytes(one["bytes"])
+        assert (texts, thought) == ('<tool_call>{"f": 1}</tool_call>', "why not")
+        assert scored["content"].decode() == texts
+        assert scored["reasoning_content"] == b"<think>why not</think>"
+
+        form = {"type": "json_schema", "json_schema": {"name": "f", "schema": {"enum": [1, 2]}}}
+        answer = client.chat.completions.create(**ask, response_format=form)
+        assert answer.choices[0].message.content in ("1", "2")
+        assert answer.choices[0].message.model_extra == {"reasoning_content": "why not"}
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens_details is not None
+        assert answer.usage.completion_tokens_details.reasoning_tokens == 4
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**ask, reasoning_effort="low")
+        assert caught.value.param == "reasoning_effort"
+
+    def test_embeddings(self, client: openai.OpenAI) -> None:
+        texts = ["one text", "another", "one text"]
+        found = client.embeddings.create(model="slow", input=texts)
+        first, second, third = (one.embedding for one in found.data)
+        assert len(first) == 256
+        assert sum(a * b for a, b in zip(first, third, strict=True)) == pytest.approx(1, abs=1e-3)
+        assert sum(a * b for a, b in zip(first, second, strict=True)) < 0.99
+        floats = client.embeddings.create(model="slow", input="one text", encoding_format="float")
+        assert floats.data[0].embedding == pytest.approx(first, abs=1e-2)
+        short = client.embeddings.create(model="slow", input="one text", dimensions=8)
+        assert sum(x * x for x in short.data[0].embedding) == pytest.approx(1, abs=1e-5)
+        assert found.usage.total_tokens == sum(map(len, texts))
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.embeddings.create(model="slow", input=["a", ""])
+        assert caught.value.param == "input.1"
 
     def test_typed_errors(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as caught:

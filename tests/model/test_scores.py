@@ -1,7 +1,8 @@
 """Log-probabilities, endings that are put off, several choices and infill, on the real engine.
 
 Cases: each token's and its rivals' log-probability as a computation of our own has them; sampling
-parameters do not change them; the likeliest first, as many as were asked for; min_tokens from 0 to all;
+parameters do not change them; those of a prompt, across slices, beside others and in a context of its own;
+the likeliest first, as many as were asked for; min_tokens from 0 to all;
 ignore_eos; choices share their prompt's KV; infill asks with the model's own tokens and is refused where
 there are none.
 """
@@ -26,6 +27,10 @@ pytestmark = pytest.mark.usefixtures("isolation")
 QUESTION = "What does len do?"
 
 
+STEP = 32
+"""Tokens of a call. From 64 on llama.cpp's attention sums in another way, and logits move by up to 0.03."""
+
+
 def log_softmax(path: Path, tokens: tuple[int, ...]) -> list[list[float]]:
     """After each token, by the binding alone, and summed exactly."""
     llama_cpp.llama_backend_init()
@@ -36,17 +41,19 @@ def log_softmax(path: Path, tokens: tuple[int, ...]) -> list[list[float]]:
     params.n_ctx = params.n_batch = params.n_ubatch = 512
     context = llama_cpp.llama_init_from_model(model, params)
     size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    batch = llama_cpp.llama_batch_init(512, 0, 1)
-    batch.n_tokens = len(tokens)
-    for i, token in enumerate(tokens):
-        batch.token[i], batch.pos[i], batch.logits[i] = token, i, True
-        batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-    assert llama_cpp.llama_decode(context, batch) == 0
+    batch = llama_cpp.llama_batch_init(STEP, 0, 1)
     rows = []
-    for i in range(len(tokens)):
-        logits = llama_cpp.llama_get_logits_ith(context, i)[:size]
-        norm = max(logits) + math.log(math.fsum(math.exp(x - max(logits)) for x in logits))
-        rows.append([x - norm for x in logits])
+    for start in range(0, len(tokens), STEP):
+        some = tokens[start : start + STEP]
+        batch.n_tokens = len(some)
+        for i, token in enumerate(some):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, True
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        assert llama_cpp.llama_decode(context, batch) == 0
+        for i in range(len(some)):
+            logits = llama_cpp.llama_get_logits_ith(context, i)[:size]
+            norm = max(logits) + math.log(math.fsum(math.exp(x - max(logits)) for x in logits))
+            rows.append([x - norm for x in logits])
     llama_cpp.llama_batch_free(batch)
     llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(model)
@@ -78,6 +85,30 @@ async def test_as_a_computation_of_our_own_has_them(sampling: Sampling) -> None:
         assert [token for token, _, _ in one.top] == best
         for token, _, logprob in one.top:
             assert logprob == pytest.approx(row[token], abs=1e-3)
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+async def test_those_of_a_prompt(reproducible: bool) -> None:
+    path = self_test_path()
+    async with loaded(path) as model:
+        text = "len(obj) returns the number of items in a container. " * 4
+        prompt = (await model.encode(text))[:100]
+        sampling = replace(GREEDY, prompt_logprobs=3)
+        others = [asyncio.create_task(ask(model, QUESTION, who="other")) for _ in range(3)]
+        scored: list[Scored] = []
+        async with model.submit("p", prompt, 0, sampling, (), reproducible=reproducible) as stream:
+            while pieces := await stream.read():
+                assert all(piece.prompt and not piece.text for piece in pieces)
+                scored += [one for piece in pieces for one in piece.scored]
+        await asyncio.gather(*others)
+        assert stream.ended is not None
+        assert stream.ended.usage.completion_tokens == 0
+    assert tuple(one.token for one in scored) == prompt[1:]
+    rows = await asyncio.to_thread(log_softmax, path, prompt)
+    for row, one in zip(rows, scored, strict=False):
+        assert one.logprob == pytest.approx(row[one.token], abs=1e-3)
+        best = sorted(range(len(row)), key=lambda token: -row[token])[:3]
+        assert [token for token, _, _ in one.top] == best
 
 
 async def test_as_many_rivals_as_were_asked_for() -> None:

@@ -29,7 +29,7 @@ import child_backends
 import pytest
 
 from shimmy_jupyter.core.messages import CloseSlot, OpenSlot, Row, Step
-from shimmy_jupyter.engine import isolated, wire
+from shimmy_jupyter.engine import calls, isolated, wire
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.channel import Channel
 from shimmy_jupyter.engine.child import serve
@@ -325,7 +325,7 @@ class TestEnds:
             b"GET / HTTP/1.1\r\n\r\n",
             (1 << 30).to_bytes(4),
             b"\0\0\0\1x",
-            wire.encode(wire.Done()),
+            wire.encode(calls.Done()),
             wire.encode(child_backends.FACTS),
         ],
     )
@@ -459,20 +459,20 @@ class TestServe:
     def test_unload_ends_it(self, ends) -> None:
         backend = child_backends.Good()
         work, side, done = ends(backend)
-        load = wire.Load(LoadSpec(""))
+        load = calls.Load(LoadSpec(""))
         assert self.ask(work, load, child_backends.ModelFacts) == child_backends.FACTS
-        assert self.ask(side, wire.Tokenize("a"), wire.Tokens) == wire.Tokens((97,))
-        assert self.ask(work, wire.Unload(), wire.Done) == wire.Done()
+        assert self.ask(side, calls.Tokenize("a"), calls.Tokens) == calls.Tokens((97,))
+        assert self.ask(work, calls.Unload(), calls.Done) == calls.Done()
         done.result(20)
         assert backend.unloads
 
     def test_an_abort_that_comes_before_its_step(self, ends) -> None:
         work, side, done = ends(child_backends.Good())
-        self.ask(work, wire.Load(LoadSpec("")), child_backends.ModelFacts)
-        side.send_now(wire.encode(wire.Abort(5)))
-        self.ask(side, wire.Tokenize("so it was heard"), wire.Tokens)
+        self.ask(work, calls.Load(LoadSpec("")), child_backends.ModelFacts)
+        side.send_now(wire.encode(calls.Abort(5)))
+        self.ask(side, calls.Tokenize("so it was heard"), calls.Tokens)
         for number, aborted in ((5, True), (6, False)):
-            found = self.ask(work, wire.Work(number, (), STEP), child_backends.StepResult)
+            found = self.ask(work, calls.Work(number, (), STEP), child_backends.StepResult)
             assert found.aborted == aborted
         work.shut()
         done.result(20)
@@ -481,7 +481,7 @@ class TestServe:
     def test_either_end_of_file_ends_it(self, ends, end) -> None:
         backend = child_backends.Good()
         *channels, done = ends(backend)
-        self.ask(channels[0], wire.Load(LoadSpec("")), child_backends.ModelFacts)
+        self.ask(channels[0], calls.Load(LoadSpec("")), child_backends.ModelFacts)
         channels[end].shut()
         done.result(20)
         assert backend.unloads == 1
@@ -490,8 +490,8 @@ class TestServe:
         monkeypatch.setattr("shimmy_jupyter.engine.child._GRACE", 0.01)
         backend, left = child_backends.Deaf(), threading.Event()
         work, side, done = ends(backend, left.set)
-        self.ask(work, wire.Load(LoadSpec("")), child_backends.ModelFacts)
-        work.send(wire.encode(wire.Work(1, (), STEP)))
+        self.ask(work, calls.Load(LoadSpec("")), child_backends.ModelFacts)
+        work.send(wire.encode(calls.Work(1, (), STEP)))
         side.shut()
         assert left.wait(20)
         backend.released.set()

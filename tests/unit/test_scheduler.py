@@ -13,7 +13,7 @@ from shimmy_jupyter.core import messages as m
 from shimmy_jupyter.core.fairness import Counters
 from shimmy_jupyter.core.scheduler import Scheduler
 from shimmy_jupyter.core.sequence import State
-from shimmy_jupyter.types import Failure, FinishReason, Sampling
+from shimmy_jupyter.types import Failure, FinishReason, Sampling, Scored
 
 CAPACITY = m.Capacity(slots=6, kv_tokens=64, context_size=32, batch_tokens=10, queue=4, sequences=3)
 LARGE = m.Capacity(
@@ -559,6 +559,66 @@ class TestAdapters:
         d.handle(submitted(3, prompt=20, max_tokens=12, adapter="y"))
         d.run()
         assert all(d.ended(id).ended.reason is FinishReason.LENGTH for id in (1, 2, 3))
+
+
+class TestPromptScores:
+    SCORING = Sampling(temperature=0, prompt_logprobs=0)
+
+    def ask(self, d: Driver, id: int, prompt: int, max_tokens: int = 1) -> None:
+        tokens = tuple(range(prompt))
+        d.handle(m.Submitted(id, "p", tokens, max_tokens, self.SCORING))
+
+    def step(self, d: Driver) -> dict[int, m.Row]:
+        rows = d.plan()
+        prompts = [
+            m.PromptScores(row.slot, tuple(Scored(token, b"", -1.0) for token in row.scores))
+            for row in rows.values()
+            if row.scores
+        ]
+        tokens = tuple(sampled(row.slot) for row in rows.values() if row.sample)
+        if rows:
+            d.handle(m.Stepped(tokens, 0.0, 1, tuple(prompts)))
+        return rows
+
+    def test_every_token_but_the_first_in_small_slices(self) -> None:
+        d = Driver(LARGE)
+        self.ask(d, 1, 70)
+        sizes = []
+        while rows := self.step(d):
+            if scores := rows[1].scores:
+                start = rows[1].start + 1
+                assert scores == tuple(range(start, start + len(scores)))
+                sizes.append(len(scores))
+        assert sizes == [32, 32, 5]
+        (shown,) = [i for i in d.said if isinstance(i, m.Emit) and i.prompt]
+        assert [one.token for one in shown.scored] == list(range(1, 70))
+        assert d.ended(1).ended.usage.completion_tokens == 1
+
+    def test_nothing_but_the_prompt(self) -> None:
+        d = Driver(LARGE)
+        self.ask(d, 1, 1, max_tokens=0)
+        self.step(d)
+        assert [i.scored for i in d.said if isinstance(i, m.Emit)] == [()]
+        ended = d.ended(1).ended
+        assert (ended.reason, ended.usage.completion_tokens) == (FinishReason.LENGTH, 0)
+
+    def test_what_is_cached_is_computed_again_and_serves_others(self) -> None:
+        d = Driver(LARGE)
+        for id in (1, 2):
+            self.ask(d, id, 70)
+            while self.step(d):
+                pass
+            assert d.ended(id).ended.usage.cached_tokens == 0
+        d.handle(submitted(3, 70))
+        d.run()
+        assert d.ended(3).ended.usage.cached_tokens == 69
+
+    def test_one_at_a_time(self) -> None:
+        d = Driver(LARGE)
+        self.ask(d, 1, 20)
+        self.ask(d, 2, 20)
+        assert set(self.step(d)) == {1}
+        assert 2 in self.step(d)
 
 
 class TestDeadlines:

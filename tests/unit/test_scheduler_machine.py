@@ -17,9 +17,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from shimmy_jupyter.core import messages as m
 from shimmy_jupyter.core.fairness import COMPLETION_COST
 from shimmy_jupyter.core.scheduler import Scheduler
-from shimmy_jupyter.types import Failure, FinishReason, Sampling
+from shimmy_jupyter.types import Failure, FinishReason, Sampling, Scored
 
 GREEDY = Sampling(temperature=0)
+SCORING = Sampling(temperature=0, prompt_logprobs=0)
 WEIGHTS = {"b": 2.0}
 PUBLIC = tuple(range(40))
 Cell = tuple[int, tuple[str, str]]
@@ -49,6 +50,8 @@ class Machine(RuleBasedStateMachine):
         self.cells: dict[int, list[Cell]] = {}
         self.saved: dict[int, list[Cell]] = {}
         self.served: dict[str, float] = {}
+        self.scored: set[int] = set()
+        """Those whose prompt's tokens have come with their log-probabilities."""
 
     @initialize(capacity=st.sampled_from(CAPACITIES), public=st.booleans())
     def start(self, capacity: m.Capacity, public: bool) -> None:
@@ -88,8 +91,16 @@ class Machine(RuleBasedStateMachine):
                 self.cells[slot] = list(self.saved[key])
             case m.DropSaved(key):
                 del self.saved[key]
+            case m.Emit(id=id, prompt=True, scored=scored):
+                assert id not in self.ends
+                assert not self.text[id]
+                assert id not in self.scored
+                self.scored.add(id)
+                prompt = self.asked[id].prompt
+                assert tuple(one.token for one in scored) == prompt[1:]
             case m.Emit(id=id, text=text):
                 assert id not in self.ends
+                assert (id in self.scored) == (self.asked[id].sampling is SCORING)
                 assert text
                 self.text[id] += text
             case m.Finish(id=id):
@@ -109,17 +120,20 @@ class Machine(RuleBasedStateMachine):
         own=st.integers(1, 30),
         kind=st.integers(0, 2),
         max_tokens=st.integers(1, 20),
+        sampling=st.sampled_from([GREEDY, GREEDY, SCORING]),
         stop=st.sampled_from([(), ("ab",), ("b", "aab")]),
         reproducible=st.sampled_from([False, False, False, True]),
         adapter=st.sampled_from(["", "", "x", "y"]),
     )
     def submit(
-        self, who: str, shared: int, own: int, kind: int, max_tokens: int, stop: tuple[str, ...],
-        reproducible: bool, adapter: str,
+        self, who: str, shared: int, own: int, kind: int, max_tokens: int, sampling: Sampling,
+        stop: tuple[str, ...], reproducible: bool, adapter: str,
     ) -> int:  # fmt: skip
         self.count += 1
         prompt = (*range(shared), *range(1000 * (kind + 1), 1000 * (kind + 1) + own))
-        asked = prompt, max_tokens, GREEDY, stop, reproducible, adapter
+        if sampling is SCORING and max_tokens < 5:
+            max_tokens = 0
+        asked = prompt, max_tokens, sampling, stop, reproducible, adapter
         event = m.Submitted(self.count, who, *asked)
         self.asked[event.id], self.text[event.id] = event, ""
         self.send(event)
@@ -178,9 +192,16 @@ class Machine(RuleBasedStateMachine):
 
     def finish_step(self, event: m.Stepped) -> None:
         assert self.scheduler.step is not None
-        for row in self.scheduler.step.rows:
+        rows = self.scheduler.step.rows
+        for row in rows:
             self.write(row)
-        self.send(event)
+        assert sum(len(row.scores) for row in rows) <= m.MOST_SCORES
+        prompts = tuple(
+            m.PromptScores(row.slot, tuple(Scored(token, b"", -1.0) for token in row.scores))
+            for row in rows
+            if row.scores
+        )
+        self.send(replace(event, prompts=prompts))
 
     @rule()
     def step_aborted(self) -> None:

@@ -7,7 +7,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shimmy_jupyter.engine.model import any_of
+from shimmy_jupyter.engine.special import any_of
 
 WORDS = st.text(alphabet="<|ab>\\.", max_size=5)
 

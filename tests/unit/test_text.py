@@ -5,14 +5,21 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shimmy_jupyter.core.reasoning import THINK
 from shimmy_jupyter.core.text import TextAssembler
+from shimmy_jupyter.types import Reasoning
+
+
+def text_of(parts: list[tuple[bool, str]]) -> str:
+    assert not any(reasoning for reasoning, _ in parts)
+    return "".join(text for _, text in parts)
 
 
 def assemble(data: bytes, cuts: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
     assembler = TextAssembler(stop)
     edges = [0, *sorted(c % (len(data) + 1) for c in cuts), len(data)]
-    texts = [assembler.push(data[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
-    return [*texts, assembler.finish()], assembler.stopped
+    texts = [text_of(assembler.push(data[a:b])) for a, b in zip(edges, edges[1:], strict=False)]
+    return [*texts, text_of(assembler.finish())], assembler.stopped
 
 
 @given(st.text(), st.lists(st.integers(0, 1000)))
@@ -46,19 +53,46 @@ def test_any_bytes_are_survived(data: bytes) -> None:
 
 def test_held_back_until_it_is_clear() -> None:
     assembler = TextAssembler(("END",))
-    assert [assembler.push(p) for p in (b"x E", b"N", b"d")] == ["x ", "", "ENd"]
-    assert [assembler.push(p) for p in (b" EN", b"D", b"more")] == [" ", "", ""]
+    assert [text_of(assembler.push(p)) for p in (b"x E", b"N", b"d")] == ["x ", "", "ENd"]
+    assert [text_of(assembler.push(p)) for p in (b" EN", b"D", b"more")] == [" ", "", ""]
     assert assembler.stopped
-    assert assembler.finish() == ""
+    assert assembler.finish() == []
 
 
 def test_half_a_character_at_the_end_is_not_text() -> None:
     assembler = TextAssembler()
-    assert assembler.push("é".encode()[:1]) == ""
-    assert assembler.finish() == ""
+    assert assembler.push("é".encode()[:1]) == []
+    assert assembler.finish() == []
 
 
 def test_held_text_is_given_at_the_end() -> None:
     assembler = TextAssembler(("END",))
-    assert assembler.push(b"the EN") == "the "
-    assert assembler.finish() == "EN"
+    assert assembler.push(b"the EN") == [(False, "the ")]
+    assert assembler.finish() == [(False, "EN")]
+
+
+def test_reasoning_is_apart_and_no_stop_string_ends_it() -> None:
+    assembler = TextAssembler(("END",), Reasoning(THINK))
+    pushed = [assembler.push(p) for p in (b"<think>", b"a END", b"</think>", b"b E", b"ND c")]
+    assert pushed == [[], [(True, "a END")], [(True, "")], [(False, "b ")], []]
+    assert assembler.stopped
+    assert assembler.finish() == []
+
+
+def test_where_reasoning_ends_in_one_piece_with_the_answer() -> None:
+    assembler = TextAssembler((), Reasoning(THINK, inside=True))
+    assert assembler.thinking
+    assert assembler.push("é</think>x".encode()) == [(True, "é"), (False, "x")]
+    assert not assembler.thinking
+
+
+def test_what_is_held_back_comes_at_the_end() -> None:
+    assembler = TextAssembler(("END",), Reasoning(THINK))
+    assert assembler.push(b"<thin") == []
+    assert assembler.finish() == [(False, "<thin")]
+    assembler = TextAssembler(("END",), Reasoning(THINK, inside=True))
+    assert assembler.push(b"a</th") == [(True, "a")]
+    assert assembler.finish() == [(True, "</th")]
+    assembler = TextAssembler(("END",), Reasoning(THINK))
+    assert assembler.push(b"aEN") == [(False, "a")]
+    assert assembler.finish() == [(False, "EN")]

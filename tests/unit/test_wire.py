@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from shimmy_jupyter import errors
 from shimmy_jupyter.core.messages import OpenSlot, Row, Sampled, SlotChange, Step
-from shimmy_jupyter.engine import wire
+from shimmy_jupyter.engine import calls, wire
 from shimmy_jupyter.engine.backend import LoadSpec, StepResult
 from shimmy_jupyter.engine.channel import Channel, Frames, WireError
 from shimmy_jupyter.types import Failure, ModelFacts, Sampling
@@ -45,7 +45,7 @@ steps = st.builds(
     Step, st.lists(st.builds(Row, ids, ids, id_tuples, st.booleans()), max_size=5).map(tuple)
 )
 works = st.builds(
-    wire.Work,
+    calls.Work,
     number=st.integers(),
     changes=st.lists(changes, max_size=3).map(tuple),
     step=st.none() | steps,
@@ -85,15 +85,15 @@ facts = st.builds(
 replies = st.one_of(
     results,
     facts,
-    st.builds(wire.Tokens, id_tuples),
-    st.just(wire.Done()),
-    st.from_type(wire.Failed),
+    st.builds(calls.Tokens, id_tuples),
+    st.just(calls.Done()),
+    st.from_type(calls.Failed),
 )
 everything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts,
     lambda inner: st.lists(inner, max_size=6) | st.dictionaries(texts, inner, max_size=4),
 )
-KINDS: tuple[type, ...] = (ModelFacts, StepResult, wire.Tokens, wire.Done)
+KINDS: tuple[type, ...] = (ModelFacts, StepResult, calls.Tokens, calls.Done)
 
 
 def payload(message: Any) -> bytes:
@@ -109,12 +109,12 @@ def same(found: Any, sent: Any) -> bool:
     return type(found) is type(sent) and repr(found) == repr(sent)
 
 
-@given(works | st.builds(wire.Load, st.from_type(LoadSpec)) | st.just(wire.Unload()))
+@given(works | st.builds(calls.Load, st.from_type(LoadSpec)) | st.just(calls.Unload()))
 def test_requests_come_back(message: Any) -> None:
     assert same(wire.work_request(payload(message)), message)
 
 
-@given(st.from_type(wire.Abort) | st.from_type(wire.Tokenize))
+@given(st.from_type(calls.Abort) | st.from_type(calls.Tokenize))
 def test_side_requests_come_back(message: Any) -> None:
     assert same(wire.side_request(payload(message)), message)
 
@@ -128,8 +128,8 @@ def test_replies_come_back(message: Any) -> None:
     "cls", [cls for cls in errors.all_errors() if cls is not errors.ShimmyError]
 )
 def test_errors_come_back(cls: type[errors.ShimmyError]) -> None:
-    reply = wire.reply(payload(wire.Failed.of(cls("why"))), wire.Done)
-    assert isinstance(reply, wire.Failed)
+    reply = wire.reply(payload(calls.Failed.of(cls("why"))), calls.Done)
+    assert isinstance(reply, calls.Failed)
     found = reply.error()
     assert (found.code, found.message) == (cls.code, "why")
     assert isinstance(found, errors.EngineLost) == issubclass(cls, errors.EngineLost)
@@ -140,7 +140,7 @@ def test_every_byte_and_odd_float_survives() -> None:
     result = StepResult((Sampled(1, 2, piece, True, Failure("a", "\ud800")),), 0)
     assert wire.reply(payload(result), StepResult) == result
     sampling = Sampling(temperature=math.inf, top_p=0, logit_bias=((1, -math.inf), (2, -0.0)))
-    work = wire.Work(1, (OpenSlot(0, sampling, ()),))
+    work = calls.Work(1, (OpenSlot(0, sampling, ()),))
     assert same(wire.work_request(payload(work)), work)
 
 
@@ -187,7 +187,7 @@ def test_what_trips_json_is_a_typed_error(text: str) -> None:
 
 FACTS = ModelFacts("a", "d", 1, 2, 3, 4, 5, None, {"k": "v"}, special_tokens=("x",))
 RESULT = StepResult((Sampled(1, 2, b"x", True, Failure("c", "m")),), 0.5)
-WORK = wire.Work(3, (OpenSlot(1, Sampling(), (1,)),), Step((Row(1, 2, (3,), True),)), 2, 0.5)
+WORK = calls.Work(3, (OpenSlot(1, Sampling(), (1,)),), Step((Row(1, 2, (3,), True),)), 2, 0.5)
 WRONG: list[Any] = [None, True, 0.5, "\u0100", [None], {"a": 1}, ["Done"], -1]
 
 
@@ -199,7 +199,9 @@ def places(value: Any) -> list[tuple[list[Any], int]]:
     return own + [place for item in value for place in places(item)]
 
 
-@pytest.mark.parametrize("message", [FACTS, RESULT, WORK, wire.Tokens((1,)), wire.Failed("a", "b")])
+@pytest.mark.parametrize(
+    "message", [FACTS, RESULT, WORK, calls.Tokens((1,)), calls.Failed("a", "b")]
+)
 def test_each_field_has_its_type(message: Any) -> None:
     """Put anything anywhere: it is refused, or it is a message that comes back as itself."""
     text = payload(message)
@@ -212,7 +214,9 @@ def test_each_field_has_its_type(message: Any) -> None:
                 assert same(found, understood(payload(found))[0])
 
 
-@pytest.mark.parametrize("message", [FACTS, RESULT, WORK, wire.Tokens((1,)), wire.Failed("a", "b")])
+@pytest.mark.parametrize(
+    "message", [FACTS, RESULT, WORK, calls.Tokens((1,)), calls.Failed("a", "b")]
+)
 def test_fields_are_neither_missing_nor_added(message: Any) -> None:
     tree = json.loads(payload(message))
     assert understood(json.dumps(tree[:-1]).encode()) == []
@@ -227,7 +231,7 @@ def test_fields_are_neither_missing_nor_added(message: Any) -> None:
         StepResult((), -1.0),
         StepResult((Sampled(2**31, 0, b"", False),), 0.0),
         StepResult((Sampled(0, -(2**31) - 1, b"", False),), 0.0),
-        wire.Tokens((2**31,)),
+        calls.Tokens((2**31,)),
         ModelFacts("", "", -1, 0, 0, 0, 0, None),
         ModelFacts("", "", 0, 0, 2**53, 0, 0, None),
         ModelFacts("", "", 0, 0, 1, 0, 0, None, threads=0),
@@ -286,7 +290,7 @@ def test_any_bytes_on_a_socket_end_in_a_typed_error(data: bytes) -> None:
     theirs.close()
     with pytest.raises((WireError, EOFError)):
         while True:
-            wire.reply(channel.receive(1000), wire.Done)
+            wire.reply(channel.receive(1000), calls.Done)
     channel.close()
 
 
@@ -303,12 +307,12 @@ def test_a_deadline_holds_although_bytes_come(pair) -> None:
 
 def test_an_urgent_frame_follows_what_is_being_sent(pair) -> None:
     channel, theirs = pair
-    large = wire.encode(wire.Tokenize("x" * 4_000_000))
+    large = wire.encode(calls.Tokenize("x" * 4_000_000))
     sender = threading.Thread(target=channel.send, args=(large,))
     sender.start()
     with theirs:
         start = theirs.recv(1, socket.MSG_PEEK)  # so it is being sent, and cannot end yet
-        channel.send_now(wire.encode(wire.Abort(7)))
+        channel.send_now(wire.encode(calls.Abort(7)))
         frames, found = Frames(), []
         assert start
         while len(found) < 2:

@@ -10,20 +10,22 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...core.messages import CloseSlot, OpenSlot, SlotChange, Step
+from ...core.messages import CloseSlot, OpenSlot, Row, SlotChange, Step
 from ...core.planning import PRIVATE_SLICE
 from ...errors import EngineCrashed, EngineLost, ModelLoadFailed
-from ...types import Constraint, ModelFacts
+from ...types import Constraint, EmbeddingFacts, ModelFacts
 from .. import processors
 from ..alarm import Alarm
-from ..backend import LoadSpec, StepResult
+from ..backend import Embedded, LoadSpec, StepResult
 from . import facts, offload
 from .binding import give_back_memory, initialise, listen, native, quick, why
 from .constraints import Constraints
 from .context import AbortFlag, Context, ContextSpec
+from .embedding import EmbeddingContext, embedding_facts, pooling
 from .facts import Vocabulary
 
 log = logging.getLogger("shimmy_jupyter.llama")
@@ -46,7 +48,9 @@ class LlamaBackend:
         self._constraints: Constraints | None = None
         self._shared: Context | None = None
         self._private: Context | None = None
-        self._private_slot = -1
+        self._private_slot, self._kv = -1, facts.KV_TYPES["f16"]
+        self._embedding: EmbeddingContext | None = None
+        self._embedding_facts: EmbeddingFacts | None = None
         self._flag = AbortFlag()
         self._alarm = Alarm(self._flag.raise_)
         self._adapters: dict[str, Any] = {}
@@ -86,22 +90,24 @@ class LlamaBackend:
         model = self._model
         if quick.llama_model_has_encoder(model) or not quick.llama_model_has_decoder(model):
             raise ModelLoadFailed("this model has an encoder: it cannot continue a prompt")
-        if not facts.is_causal(model):
-            # Where every token asks for an output, a long prompt would end the process.
-            raise ModelLoadFailed("this model only makes embeddings: it cannot continue a prompt")
         self._vocabulary = vocabulary = Vocabulary(model)
+        self._embedding_facts = embedding_facts(model, spec.context_size or sys.maxsize)
+        self._threads = spec.threads or processors.available()
+        # Where every token asks for an output, a long prompt would end the process.
+        if not facts.is_causal(model) or pooling(model) == "rank":
+            return self._load_embedding(layers)
         self._constraints = constraints = Constraints(vocabulary)
         self._can_trim = not (
             quick.llama_model_is_recurrent(model) or quick.llama_model_is_hybrid(model)
         )
-        self._threads = spec.threads or processors.available()
         context_size, shape = self._sizes(spec)
-        self._private_slot = shape.slots
+        self._private_slot, self._kv = shape.slots, shape.kv
         self._shared = Context(model, constraints, shape, self._flag)
         if not self._shared.ok:
             raise ModelLoadFailed(
-                f"llama.cpp could not make a context of {shape.kv_tokens} tokens; "
-                "lower ShimmyEngine.kv_tokens or ShimmyEngine.context_size"
+                f"llama.cpp could not make a context of {shape.kv_tokens} tokens"
+                f" in {spec.kv_type}; lower ShimmyEngine.kv_tokens or ShimmyEngine.context_size"
+                + (", or set ShimmyEngine.kv_type to f16" if spec.kv_type != "f16" else "")
             )
         try:
             wrong = self._shared.works()
@@ -110,17 +116,10 @@ class LlamaBackend:
         if wrong is not None:
             raise ModelLoadFailed(wrong)
         texts = vocabulary.texts()
-        idle = offload.unused()
-        if idle is not None:
-            log.warning("%s", idle)
-        return ModelFacts(
-            architecture=facts.metadata(model).get("general.architecture", ""),
-            description=facts.description(model),
-            parameters=quick.llama_model_n_params(model),
-            size_bytes=quick.llama_model_size(model),
+        return replace(
+            self._facts(layers),
             context_size=context_size,
             kv_tokens=shape.kv_tokens,
-            vocabulary=vocabulary.size,
             chat_template=facts.chat_template(model),
             special=vocabulary.named(),
             infill=vocabulary.infill(),
@@ -129,11 +128,57 @@ class LlamaBackend:
             slots=shape.slots,
             can_copy=not shape.own,
             can_trim=self._can_trim,
-            kv_bytes_per_token=facts.kv_bytes_per_token(model),
+            kv_bytes_per_token=facts.kv_bytes_per_token(model, shape.kv),
+        )
+
+    def _load_embedding(self, layers: int) -> ModelFacts:
+        """Of a model that cannot continue a prompt."""
+        if self._embedding_facts is None:
+            raise ModelLoadFailed("this model neither continues a prompt nor makes vectors")
+        if facts.is_causal(self._model):
+            raise ModelLoadFailed("this reranker has a prompt of its own for pairs: not supported")
+        wrong = self._embedding_context().works()
+        if wrong is not None:
+            raise ModelLoadFailed(wrong)
+        return replace(self._facts(layers), can_generate=False, slots=1)
+
+    def _facts(self, layers: int) -> ModelFacts:
+        model = self._model
+        idle = offload.unused()
+        if idle is not None:
+            log.warning("%s", idle)
+        longest = self._embedding_facts.tokens if self._embedding_facts is not None else 1
+        return ModelFacts(
+            architecture=facts.metadata(model).get("general.architecture", ""),
+            description=facts.description(model),
+            parameters=quick.llama_model_n_params(model),
+            size_bytes=quick.llama_model_size(model),
+            context_size=longest,
+            kv_tokens=longest,
+            vocabulary=self._vocabulary.size,
+            chat_template=None,
+            embedding=self._embedding_facts,
             threads=self._threads,
             offloaded_layers=layers if quick.llama_supports_gpu_offload() else 0,
             notes=(idle,) if idle is not None else (),
         )
+
+    def _embedding_context(self) -> EmbeddingContext:
+        """Made when it is first asked for, as it takes memory of its own."""
+        if self._embedding is None:
+            if self._embedding_facts is None:
+                raise EngineCrashed("this model makes no vectors")
+            context = EmbeddingContext(
+                self._model,
+                self._vocabulary,
+                self._embedding_facts,
+                threads=self._threads,
+                flag=self._flag,
+            )
+            if not context.ok:
+                raise EngineCrashed("there is no memory to make vectors at the moment")
+            self._embedding = context
+        return self._embedding
 
     def _sizes(self, spec: LoadSpec) -> tuple[int, ContextSpec]:
         """Context per sequence in tokens, and the shape of the cache that all share.
@@ -149,9 +194,9 @@ class LlamaBackend:
             raise ModelLoadFailed(
                 f"ShimmyEngine.context_size is {context}, but the model knows only {trained}"
             )
-        per_token, pool, free = (
-            facts.kv_bytes_per_token(self._model), spec.kv_tokens, _available_memory(),
-        )  # fmt: skip
+        kv = facts.KV_TYPES[spec.kv_type]
+        per_token = facts.kv_bytes_per_token(self._model, kv)
+        pool, free = spec.kv_tokens, _available_memory()
         if pool * per_token > free:
             raise ModelLoadFailed(
                 f"ShimmyEngine.kv_tokens {pool} needs "
@@ -160,19 +205,25 @@ class LlamaBackend:
         slots = min(_MOST_SLOTS, spec.running)
         whole = math.ceil(context / 256) * 256
         if not pool and slots * whole * per_token <= _OWN_CACHES_BYTES:
-            own = ContextSpec(slots * whole, slots, spec.batch_tokens, self._threads, own=True)
+            own = ContextSpec(
+                slots * whole, slots, spec.batch_tokens, self._threads, own=True, kv=kv
+            )
             return context, own
         if not pool:
             affordable = free // _KV_MEMORY_SHARE // per_token
             pool = max(context, min(_DEFAULT_KV_TOKENS, affordable))
         pool = math.ceil(pool / 256) * 256
         slots = min(_MOST_SLOTS, 2 * slots)
-        return min(context, pool), ContextSpec(pool, slots, spec.batch_tokens, self._threads)
+        shape = ContextSpec(pool, slots, spec.batch_tokens, self._threads, kv=kv)
+        return min(context, pool), shape
 
     def unload(self) -> None:
         self._alarm.close()
         with self._in_use:
             self._close_private()
+            if self._embedding is not None:
+                self._embedding.close()
+                self._embedding = None
             if self._shared is not None:
                 self._shared.close()
                 self._shared = None
@@ -195,6 +246,12 @@ class LlamaBackend:
         if tokens is None:
             raise EngineCrashed("llama.cpp could not tokenize the prompt")
         return tokens
+
+    def tokenize_inputs(self, inputs: tuple[tuple[str, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        with self._in_use:
+            if not self._model:
+                raise EngineLost("the model has been unloaded")
+            return tuple(map(self._vocabulary.closed, inputs))
 
     def detokenize(self, tokens: tuple[int, ...]) -> bytes:
         with self._in_use:
@@ -254,7 +311,24 @@ class LlamaBackend:
         if done is None:
             return StepResult((), time.perf_counter() - began, aborted=True)
         seconds, asked = done
-        return StepResult(tuple(context.sample(slot, index) for slot, index in asked), seconds)
+        # First, as sampling may change the logits.
+        prompts = context.scores(rows)
+        sampled = tuple(context.sample(slot, index) for slot, index in asked)
+        return StepResult(sampled, seconds, prompts=prompts)
+
+    def embed(self, rows: tuple[Row, ...], threads: int, limit: float | None = None) -> Embedded:
+        began = time.perf_counter()
+        context = self._embedding_context()
+        if limit is not None:
+            self._alarm.arm(limit)
+        try:
+            done = context.embed(rows, threads)
+        finally:
+            self._alarm.disarm()
+            self._flag.lower()
+        if done is None:
+            return Embedded((), time.perf_counter() - began, aborted=True)
+        return Embedded(tuple(done[1]), done[0])
 
     def abort(self) -> None:
         # What cannot be cut short cannot be taken back either.
@@ -264,7 +338,7 @@ class LlamaBackend:
     def _open_private(self, slot: OpenSlot) -> None:
         """A context of its own, each time: nothing that was there before can change a sum."""
         tokens = math.ceil(slot.private_tokens / 256) * 256
-        spec = ContextSpec(tokens, 1, PRIVATE_SLICE, self._threads)
+        spec = ContextSpec(tokens, 1, PRIVATE_SLICE, self._threads, kv=self._kv)
         assert self._constraints is not None
         context = Context(self._model, self._constraints, spec, self._flag)
         if not context.ok:
@@ -291,7 +365,8 @@ def _layers(spec: LoadSpec) -> int:
     if not model:
         return 0  # it will be refused with a reason
     layers = quick.llama_model_n_layer(model)
-    kv = facts.kv_bytes_per_token(model) * (spec.kv_tokens or _DEFAULT_KV_TOKENS)
+    per_token = facts.kv_bytes_per_token(model, facts.KV_TYPES[spec.kv_type])
+    kv = per_token * (spec.kv_tokens or _DEFAULT_KV_TOKENS)
     native.llama_model_free(model)
     fitting = offload.fitting_layers(
         layers, Path(spec.path).stat().st_size, kv, sum(device.free for device in found)

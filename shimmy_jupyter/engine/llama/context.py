@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...core.messages import (
+    MOST_SCORES,
     CloseSlot,
     CopyPrefix,
     DropSaved,
     OpenSlot,
+    PromptScores,
     RestoreSlot,
     Row,
     Sampled,
@@ -25,6 +27,7 @@ from ...errors import EngineCrashed, EngineLost, ShimmyError
 from ...types import Failure
 from .binding import native, quick
 from .constraints import Constraints
+from .facts import KV_TYPES, KvType
 from .slot import NOT_FINITE, SlotSampler
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ class ContextSpec:
     batch_tokens: int
     threads: int
     own: bool = False
+    kv: KvType = KV_TYPES["f16"]
 
 
 class AbortFlag:
@@ -75,10 +79,11 @@ class Context:
         params.n_ctx = spec.kv_tokens
         params.n_batch = params.n_ubatch = spec.batch_tokens
         params.n_seq_max = spec.slots
-        params.n_outputs_max = spec.slots
+        params.n_outputs_max = spec.slots + MOST_SCORES
         params.n_threads = params.n_threads_batch = spec.threads
         params.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_AUTO
         params.kv_unified = not spec.own
+        params.type_k = params.type_v = spec.kv.number
         params.no_perf = True
         self.handle = native.llama_init_from_model(model, params)
         self.ok = bool(self.handle)
@@ -197,6 +202,20 @@ class Context:
     def sample(self, slot: int, index: int) -> Sampled:
         return self.samplers[slot].sample(self.handle, slot, index)
 
+    def scores(self, rows: Sequence[Row]) -> tuple[PromptScores, ...]:
+        """Of the rows that ask for them, after the step."""
+        found, at = [], 0
+        for row in rows:
+            if row.scores:
+                sampler = self.samplers[row.slot]
+                scored = [
+                    sampler.score(quick.llama_get_logits_ith(self.handle, at + i), token)
+                    for i, token in enumerate(row.scores)
+                ]
+                found.append(PromptScores(row.slot, tuple(scored)))
+            at += len(row.tokens)
+        return tuple(found)
+
     def works(self) -> str | None:
         """Decode one token, so that the first request does not pay for first touches.
 
@@ -220,7 +239,7 @@ class Context:
                 token[at] = value
                 position[at] = row.start + offset
                 sequence[at][0] = slot
-                logits[at] = False
+                logits[at] = offset < len(row.scores)
                 at += 1
             if row.sample:
                 logits[at - 1] = True

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from ...types import Markers
 from .binding import native, quick
 
 
@@ -29,8 +33,24 @@ def is_causal(model: Any) -> bool:
     return values.get(f"{values.get('general.architecture', '')}.attention.causal") != "false"
 
 
-def kv_bytes_per_token(model: Any) -> int:
-    """Keys and values of all layers, 2 bytes an element (F16, the cache's default type)."""
+@dataclass(frozen=True, slots=True)
+class KvType:
+    """A ggml type for keys and values: its number, and bits of an element."""
+
+    number: int
+    bits: float
+
+
+KV_TYPES = {
+    "f16": KvType(native.GGML_TYPE_F16, 16),
+    # Blocks of 32 with a scale.
+    "q8_0": KvType(native.GGML_TYPE_Q8_0, 8.5),
+    "q4_0": KvType(native.GGML_TYPE_Q4_0, 4.5),
+}
+
+
+def kv_bytes_per_token(model: Any, kind: KvType) -> int:
+    """Keys and values of all layers."""
     values = metadata(model)
     arch = values.get("general.architecture", "")
     heads = max(1, quick.llama_model_n_head(model))
@@ -39,7 +59,8 @@ def kv_bytes_per_token(model: Any) -> int:
     value = int(values.get(f"{arch}.attention.value_length", width))
     # Of the first layer, which in a hybrid model may have none: then at most as many as heads.
     kv_heads = int(quick.llama_model_n_head_kv(model)) or heads
-    return max(1, 2 * int(quick.llama_model_n_layer(model)) * kv_heads * (key + value))
+    elements = int(quick.llama_model_n_layer(model)) * kv_heads * (key + value)
+    return max(1, math.ceil(elements * kind.bits / 8))
 
 
 def description(model: Any) -> str:
@@ -62,6 +83,7 @@ class Vocabulary:
         self.bos = int(quick.llama_vocab_bos(self.handle))
         self._pieces: dict[int, tuple[bytes, bool]] = {}
         self._texts: dict[int, bytes] = {}
+        self._marking: dict[Markers, frozenset[int]] = {}
 
     def tokenize(self, text: str) -> tuple[int, ...] | None:
         """Special tokens recognised, BOS in front once; None where llama.cpp cannot."""
@@ -78,14 +100,38 @@ class Vocabulary:
             return (self.bos, *found)
         return found
 
-    def plain(self, text: str) -> tuple[int, ...]:
-        """The text's own tokens: nothing is added, and nothing in it is special."""
+    def plain(self, text: str, *, special: bool = False) -> tuple[int, ...]:
+        """The text's own tokens: nothing is added, and nothing in it is special by default."""
         data = text.encode()
         tokens = _tokens(len(data) + 2)
         count = native.llama_tokenize(
-            self.handle, data, len(data), tokens, len(tokens), False, False
+            self.handle, data, len(data), tokens, len(tokens), False, special
         )
         return tuple(tokens[: max(0, count)])
+
+    def closed(self, parts: tuple[str, ...]) -> tuple[int, ...]:
+        """A text, or two to be compared, as the model was taught to have them as a whole: with the
+        tokens before, between and after them. Nothing in the texts is special.
+        """
+        handle = self.handle
+        if quick.llama_vocab_type(handle) == native.LLAMA_VOCAB_TYPE_WPM:
+            found, between = [self.bos], []
+            end = [int(quick.llama_vocab_sep(handle))]
+            # llama.cpp does so itself, but not for Hangul.
+            parts = tuple(unicodedata.normalize("NFD", part) for part in parts)
+        else:
+            found = [self.bos] if quick.llama_vocab_get_add_bos(handle) else []
+            between = (
+                [quick.llama_vocab_sep(handle)] if quick.llama_vocab_get_add_sep(handle) else []
+            )
+            end = [quick.llama_vocab_eos(handle)] if quick.llama_vocab_get_add_eos(handle) else []
+        for i, part in enumerate(parts):
+            found += [*(between if i else ()), *self.plain(part), *end]
+        return tuple(found)
+
+    def markup(self, text: str) -> tuple[int, ...]:
+        """The tokens of a marker, special ones too."""
+        return self.plain(text, special=True)
 
     def detokenize(self, tokens: tuple[int, ...]) -> bytes:
         """Special tokens as they are written in a prompt."""
@@ -144,6 +190,22 @@ class Vocabulary:
         marks = native.LLAMA_TOKEN_ATTR_CONTROL | native.LLAMA_TOKEN_ATTR_USER_DEFINED
         attributes = quick.llama_vocab_get_attr
         return frozenset(t for t in range(self.size) if attributes(self.handle, t) & marks)
+
+    def marking(self, markers: Markers) -> frozenset[int]:
+        """The special tokens of which these markers are made. Their texts are part of an answer."""
+        known = self._marking.get(markers)
+        if known is None:
+            texts = [markers.start, markers.end, *markers.opening, markers.closing]
+            found = ((token, self.text(token).decode("utf-8", "replace")) for token in self.marked)
+            known = self._marking[markers] = frozenset(
+                token for token, own in found if own and any(own in text for text in texts)
+            )
+        return known
+
+    @functools.cached_property
+    def blank(self) -> frozenset[int]:
+        """Tokens of nothing but white space."""
+        return frozenset(token for token in range(self.size) if self.piece(token)[0].isspace())
 
     def special(self, texts: list[bytes]) -> Iterator[str]:
         for token in sorted(self.marked):

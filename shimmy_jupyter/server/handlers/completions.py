@@ -40,8 +40,7 @@ class _GeneratingHandler(BodyHandler):
         parse = functools.partial(api.parse, body, self.request_id, self.principal)
         parsed = parse() if len(body) < _SMALL else await asyncio.to_thread(parse)
         if parsed.ignored:
-            names = [_header_safe(name) for name in parsed.ignored[:_NAMED]]
-            self.set_header("x-shimmy-ignored", ", ".join(names))
+            self.set_header("x-shimmy-ignored", ignored_names(parsed.ignored))
         created = int(time.time())
         async with await self.service.start(parsed.request) as completion:
             self._completion = completion
@@ -92,6 +91,11 @@ class _Api:
         if chat not in cls._loaded:
             cls._loaded[chat] = await asyncio.to_thread(cls, chat=chat)
         return cls._loaded[chat]
+
+
+def ignored_names(names: tuple[str, ...]) -> str:
+    """As the header `x-shimmy-ignored` gives them."""
+    return ", ".join(_header_safe(name) for name in names[:_NAMED])
 
 
 def _header_safe(name: str) -> str:

@@ -38,7 +38,9 @@ class TokenizeHandler(_TokensHandler):
     @authorized(action="execute", resource="shimmy_jupyter:generate")
     async def post(self) -> None:
         asked: token_requests.Tokenize = await self.parsed("parse_tokenize")
-        tokens = await self.service.tokenize(asked.model, asked.prompt, self.principal)
+        tokens = await self.service.tokenize(
+            asked.model, asked.prompt, self.principal, asked.options
+        )
         await self.finish({"tokens": tokens, "count": len(tokens)})
 
 
@@ -58,5 +60,7 @@ class ApplyTemplateHandler(_TokensHandler):
     @authorized(action="execute", resource="shimmy_jupyter:generate")
     async def post(self) -> None:
         asked: token_requests.Tokenize = await self.parsed("parse_template")
-        text, tokens = await self.service.rendered(asked.model, asked.prompt, self.principal)
+        text, tokens = await self.service.rendered(
+            asked.model, asked.prompt, self.principal, asked.options
+        )
         await self.finish({"prompt": text, "count": tokens})

@@ -1,0 +1,138 @@
+"""What the bodies of all routes have in common: how they are read, what is refused and what ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import InvalidValue, UnknownParameter, UnsupportedParameter
+from ..types import Prompt
+
+LIMIT = 2**31 - 1
+_LABELS = frozenset(
+    "user metadata prompt_cache_key prompt_cache_retention safety_identifier".split()
+)
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": (),
+    "thinking": (),
+    "chat_template_kwargs": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Beside null. Several become features later; until then they are refused, not ignored."""
+_MOST_FIELDS = 200
+_MOST_BIASES = 1024
+_FIELDS = tuple(
+    "content description include_usage json_schema name role schema strict text type value".split()
+)
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is not a character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+Name = Annotated[Text, Field(min_length=1, max_length=256)]
+Tokens = Annotated[int, Field(ge=0, le=LIMIT)]
+
+
+class Body(BaseModel):
+    """Strict: a number is no text, and infinity no number."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+_B = TypeVar("_B", bound=Body)
+
+
+def as_prompt(value: Any) -> Prompt:
+    """By hand: pydantic tries every branch of a union on every element before it gives up."""
+    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], int):
+        value = value[0]
+    if isinstance(value, str):
+        return _unicode(value)
+    if not isinstance(value, list):
+        raise ValueError("a prompt is a text, or a list of token ids")  # noqa: TRY004  pydantic's
+    if len(value) > 1 and isinstance(value[0], str | list):
+        raise ValueError("one prompt in a request, please")
+    wrong = next((v for v in value if type(v) is not int or not 0 <= v <= LIMIT), None)
+    if wrong is not None:
+        raise ValueError(f"{str(wrong)[:20]!r} is not a token id")
+    return tuple(value)
+
+
+def validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
+    """Raises `InvalidValue`, or `UnknownParameter` where the kind forbids further fields."""
+    data = _json(body) if isinstance(body, bytes) else body
+    if len(data) > _MOST_FIELDS:
+        raise InvalidValue(f"the body has {len(data)} fields; {_MOST_FIELDS} are the most")
+    bias = data.get("logit_bias")
+    if isinstance(bias, dict) and len(bias) > _MOST_BIASES:
+        # Here, as pydantic looks at all of them before it counts.
+        raise InvalidValue(f"at most {_MOST_BIASES} tokens", param="logit_bias")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        if first["type"] == "extra_forbidden":
+            name = str(first["loc"][-1])[:64]
+            raise UnknownParameter("there is no such field here", param=name) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidValue(message, param=_field(first["loc"])) from None
+
+
+def _field(location: tuple[int | str, ...]) -> str | None:
+    """The field's path as a client writes it; the names of a union's branches are pydantic's."""
+    parts = [
+        str(part)
+        for i, part in enumerate(location)
+        if i == 0 or isinstance(part, int) or part in _FIELDS
+    ]
+    return ".".join(parts) or None
+
+
+def _json(body: bytes) -> Any:
+    try:
+        data = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidValue(f"the body is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidValue("the body must be a JSON object")
+    return data
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def ignored(extra: dict[str, Any]) -> tuple[str, ...]:
+    """The names of those without effect. Raises `UnsupportedParameter` for what would have one."""
+    found = []
+    for name, value in extra.items():
+        if name in _NEUTRAL:
+            # 0 equals False, and `logprobs: 0` asks for something.
+            neutral = any(value == n and type(value) is type(n) for n in _NEUTRAL[name])
+            if value is not None and not neutral:
+                raise UnsupportedParameter(f"{name} is not supported", param=name)
+        elif name in _LABELS or value is not None:
+            found.append(name)
+    return tuple(found)

@@ -1,0 +1,79 @@
+"""`POST shimmy/v1/embeddings` and `POST shimmy/v1/rerank`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from jupyter_server.auth.decorator import authorized
+from tornado import web
+
+from ...errors import Cancelled
+from .body import BodyHandler
+from .completions import ignored_names
+
+
+async def _api() -> Any:
+    """Off the event loop at its first use: it imports pydantic."""
+
+    def load() -> Any:
+        from .. import embeddings
+
+        return embeddings
+
+    return await asyncio.to_thread(load)
+
+
+class _VectorsHandler(BodyHandler):
+    """A client that goes away ends the work for it after the call in progress."""
+
+    _task: asyncio.Task[bytes] | None = None
+    _gone = False
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        self._gone = True
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _answer(self, parser: str) -> None:
+        api = await _api()
+        body = self.take_body()
+        parsed = await asyncio.to_thread(
+            getattr(api, parser), body, self.request_id, self.principal
+        )
+        if parsed.ignored:
+            self.set_header("x-shimmy-ignored", ignored_names(parsed.ignored))
+        if self._gone:
+            return
+        self._task = asyncio.create_task(self._computed(parsed))
+        try:
+            answer = await self._task
+        except asyncio.CancelledError:
+            if self._gone:
+                return
+            raise Cancelled("the request was cancelled") from None
+        self.set_header("Content-Type", "application/json")
+        await self.finish(answer)
+
+    async def _computed(self, parsed: Any) -> bytes:
+        found = await self.service.embed(parsed.request)
+        # Thousands of numbers take a while to write down.
+        answer: bytes = await asyncio.to_thread(parsed.answer, found)
+        return answer
+
+
+@web.stream_request_body
+class EmbeddingsHandler(_VectorsHandler):
+    @web.authenticated
+    @authorized(action="execute", resource="shimmy_jupyter:generate")
+    async def post(self) -> None:
+        await self._answer("parse_embeddings")
+
+
+@web.stream_request_body
+class RerankHandler(_VectorsHandler):
+    @web.authenticated
+    @authorized(action="execute", resource="shimmy_jupyter:generate")
+    async def post(self) -> None:
+        await self._answer("parse_rerank")
