@@ -146,11 +146,13 @@ def write_chain(
     template: str = CHATML,
     marks: Collection[str] = (),
     unsaid: Sequence[str] = (),
+    loop: bool = False,
     shape: Shape = CHAIN,
 ) -> Path:
     """Write a model that says the script's tokens, one after the other, whatever it was asked: each
     follows the one before it, the first a line's end, and <|im_end|> the last. No token comes
     twice. Those of `marks` are special, those `unsaid` are words of the vocabulary as well.
+    In a `loop` the first one follows the last.
     """
     words = [text for text in (*script, *unsaid) if len(text.encode()) > 1]
     w = _begun(path, shape)
@@ -159,7 +161,7 @@ def write_chain(
     w.add_chat_template(template)
     # A byte is stored as its stand-in, a word that is no result of merges as it is.
     ids = [tokens.index(text if text in words else singles[ord(text)]) for text in script]
-    chain = [tokens.index(singles[10]), *ids, shape.vocabulary - 1]
+    chain = [tokens.index(singles[10]), *ids, ids[0] if loop else shape.vocabulary - 1]
     size = shape.vocabulary
     after = np.zeros((size, shape.width), dtype=np.float32)
     for token, following in itertools.pairwise(chain):

@@ -53,6 +53,7 @@ def build_service(settings: Settings) -> CompletionService:
             context_size=settings.context_size,
             kv_tokens=settings.kv_tokens,
             kv_type=settings.kv_type,
+            prompt_lookup=settings.prompt_lookup,
             sequences=settings.max_sequences,
             threads=settings.threads,
             gpu_layers=settings.gpu_layers,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_core.paths import jupyter_config_path
-from traitlets import Dict, Enum, Float, Int, List, TraitError, TraitType, Unicode
+from traitlets import Bool, Dict, Enum, Float, Int, List, TraitError, TraitType, Unicode
 from traitlets.config import Config, Configurable
 from traitlets.config.loader import ConfigFileNotFound, JSONFileConfigLoader, PyFileConfigLoader
 
@@ -73,6 +73,11 @@ class ShimmyEngine(Configurable):
         "f16",
         help="How the KV cache holds its numbers. q8_0 takes about half of the memory, q4_0 about a "
         "quarter, at some cost in quality; the heads of a model must be a multiple of 32 wide.",
+    ).tag(config=True)
+    prompt_lookup = Bool(
+        True,
+        help="Guess the next tokens of an answer that copies from its prompt, or repeats itself, while it "
+        "is the only one. The answer stays the same; it comes sooner.",
     ).tag(config=True)
     default_max_tokens = Int(
         1024, min=1, help="Tokens a request may generate that does not say max_tokens."
@@ -162,6 +167,7 @@ class Settings:
     context_size: int = 0
     kv_tokens: int = 0
     kv_type: str = "f16"
+    prompt_lookup: bool = True
     default_max_tokens: int = 1024
     max_sequences: int = 32
     max_queue: int = 256
@@ -192,6 +198,7 @@ def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Set
         context_size=engine.context_size,
         kv_tokens=engine.kv_tokens,
         kv_type=engine.kv_type,
+        prompt_lookup=engine.prompt_lookup,
         default_max_tokens=engine.default_max_tokens,
         max_sequences=engine.max_sequences,
         max_queue=engine.max_queue,

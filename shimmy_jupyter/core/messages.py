@@ -24,7 +24,8 @@ class Capacity:
     `step_seconds` is what a step may take that holds a prompt while others decode,
     `prompt_seconds` while nobody does. `can_copy`: whether a slot may take part of another's KV;
     `can_trim`: whether a slot's KV can be cut short. `saved_tokens` of KV fit into host memory.
-    `weights` are the shares of principals; 1 for whoever is not named.
+    `weights` are the shares of principals; 1 for whoever is not named. With `lookup` a sequence that
+    decodes alone has its next tokens guessed.
     """
 
     slots: int
@@ -39,6 +40,7 @@ class Capacity:
     can_copy: bool = True
     can_trim: bool = True
     saved_tokens: int = 0
+    lookup: bool = False
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -57,6 +59,9 @@ class Row:
 
     `start` is the position of the first. With `sample` the last one's logits choose a token. `scores`
     are the tokens that follow these, as many as have one, where their log-probabilities are wanted.
+
+    The last `guessed` of the tokens are guesses: the logits before each choose a token, too, as long as
+    the guesses before it were right, and in the end one that nobody has guessed.
     """
 
     slot: int
@@ -64,6 +69,7 @@ class Row:
     tokens: tuple[int, ...]
     sample: bool
     scores: tuple[int, ...] = ()
+    guessed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,8 @@ class Planner:
             prompts = list(self._prompts(adapter, room, now, out, together=binds))
         self._last_was_prompt = bool(prompts)
         if not prompts:
+            if len(ready) == 1 and not reading:
+                return [self._decode_row(ready[0], self._guesses(ready[0]))]
             return [self._decode_row(s) for s in self._whose_turn(ready)]
         return [*(self._decode_row(s) for s in ready if binds), *prompts]
 
@@ -164,9 +166,16 @@ class Planner:
         self._in_step(sequence)
         return m.Row(sequence.slot, at, tokens, take == sequence.prompt_left, scores)
 
-    def _decode_row(self, sequence: Sequence) -> m.Row:
+    def _guesses(self, sequence: Sequence) -> tuple[int, ...]:
+        if not (self._capacity.lookup and self._capacity.can_trim):
+            return ()
+        left = sequence.max_tokens - sequence.generated - 1
+        return sequence.lookup.guess(sequence.prompt, sequence.answer, left)
+
+    def _decode_row(self, sequence: Sequence, guesses: tuple[int, ...] = ()) -> m.Row:
         self._in_step(sequence)
-        return m.Row(sequence.slot, sequence.cached, (sequence.answer[-1],), sample=True)
+        tokens = (sequence.answer[-1], *guesses)
+        return m.Row(sequence.slot, sequence.cached, tokens, sample=True, guessed=len(guesses))
 
     def _in_step(self, sequence: Sequence) -> None:
         self._turn += 1

@@ -158,7 +158,9 @@ class Scheduler:
 
     def _stepped(self, event: m.Stepped, now: float) -> list[m.Instruction]:
         rows, by_slot = self._take_step(), self._by_slot()
-        sampled = {s.slot: s for s in event.sampled}
+        sampled: dict[int, list[m.Sampled]] = {}
+        for one in event.sampled:
+            sampled.setdefault(one.slot, []).append(one)
         for prompts in event.prompts:
             by_slot[prompts.slot].prompt_scored += prompts.scored
         private = bool(rows) and rows[0].slot == self.capacity.private_slot
@@ -173,15 +175,16 @@ class Scheduler:
             else:
                 prompt += len(row.tokens)
             sequence.in_step = False
-            sequence.cached = row.start + len(row.tokens)
+            sequence.cached = row.start + len(row.tokens) - row.guessed
             if sequence.state is State.CANCELLING:
                 instructions += self._end_unwanted(sequence, now)
             elif row.sample:
-                who = sequence.principal
-                completions[who] = completions.get(who, 0) + 1
-                self._token(sequence, sampled[row.slot], now, instructions)
+                who, before = sequence.principal, sequence.generated
+                self._tokens(sequence, row, sampled[row.slot], now, instructions)
+                completions[who] = completions.get(who, 0) + sequence.generated - before
         self.line.charge(completions, private=private)
-        if event.seconds and not private:
+        # Guesses are other work than a row of each sequence.
+        if event.seconds and not private and not any(row.guessed for row in rows):
             self.pace.observe(decoding, prompt, event.seconds, event.threads)
         return instructions
 
@@ -241,6 +244,26 @@ class Scheduler:
 
     # Outcomes
 
+    def _tokens(
+        self,
+        sequence: Sequence,
+        row: m.Row,
+        sampled: list[m.Sampled],
+        now: float,
+        out: list[m.Instruction],
+    ) -> None:
+        """A step's tokens for a sequence, as many as it still wants."""
+        if row.guessed:
+            sequence.lookup.learn(row.guessed, len(sampled) - 1)
+        for one in sampled:
+            self._token(sequence, one, now, out)
+            if sequence.state is State.DONE:
+                return
+            sequence.cached += 1  # the guess that was this token, if there was one
+        sequence.cached -= 1
+        if len(sampled) <= row.guessed:
+            out.append(m.TrimSlot(sequence.slot, sequence.cached))
+
     def _token(
         self, sequence: Sequence, sampled: m.Sampled, now: float, out: list[m.Instruction]
     ) -> None:
@@ -249,7 +272,6 @@ class Scheduler:
             return
         if sequence.scores_prompt and not sequence.generated:
             out.append(m.Emit(sequence.id, "", tuple(sequence.prompt_scored), prompt=True))
-            sequence.prompt_scored.clear()
         if sequence.max_tokens == 0:
             out += self._end(sequence, FinishReason.LENGTH, now)
             return

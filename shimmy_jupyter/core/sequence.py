@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..types import Failure, Sampling, Scored, Timings, Usage
+from .lookup import Lookup
 from .prefix import Owner
 from .text import TextAssembler
 
@@ -59,6 +60,7 @@ class Sequence:
     answer: list[int] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
     """Tokens whose text has not been shown yet, where log-probabilities are wanted."""
+    lookup: Lookup = field(default_factory=Lookup)
     prompt_scored: list[Scored] = field(default_factory=list)
     """Tokens of the prompt, where their log-probabilities are wanted; shown when all have been read."""
     passed: int = 0

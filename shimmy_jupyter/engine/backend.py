@@ -23,7 +23,8 @@ class LoadSpec:
 
     `sequences` that one principal may have running; `threads` 0 is as many as this process may use;
     `gpu_layers` -1 is as many as fit; `nice` is added to the scheduling priority of the threads
-    that compute. `kv_type` is how the KV cache holds its numbers: f16, q8_0 or q4_0.
+    that compute. `kv_type` is how the KV cache holds its numbers: f16, q8_0 or q4_0. With
+    `prompt_lookup` a sequence that decodes alone has its next tokens guessed.
     """
 
     path: str
@@ -35,6 +36,7 @@ class LoadSpec:
     gpu_layers: int = -1
     nice: int = 0
     kv_type: str = "f16"
+    prompt_lookup: bool = True
 
     @property
     def running(self) -> int:
@@ -58,7 +60,8 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`sampled` in the order of the rows that asked; `seconds` around the native call.
+    """`sampled` in the order of the rows that asked, several for one with right guesses; `seconds` around
+    the native call.
 
     An `aborted` step has sampled nothing and left every slot's KV as it was.
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..core import messages as m
 from ..errors import EngineCrashed, EngineLost, InvalidValue, ModelLoadFailed
@@ -146,14 +146,14 @@ class FakeBackend:
         self.batches.append(len(step.rows))
         if len(self.batches) == self.fail_at:
             raise EngineCrashed("the script says that this step fails")
-        sampled = []
+        sampled: list[m.Sampled] = []
         for row in step.rows:
             seen = self.cells[row.slot]
             if row.start != len(seen):
                 raise AssertionError(f"slot {row.slot} holds {len(seen)}, row starts {row.start}")
             seen.extend(row.tokens)
             if row.sample:
-                sampled.append(self._next(row.slot))
+                sampled += self._tokens(row)
         prompts = [
             m.PromptScores(row.slot, tuple(self._prompt_score(row.slot, t) for t in row.scores))
             for row in step.rows
@@ -188,6 +188,13 @@ class FakeBackend:
         if self.cells.get(slot):
             raise AssertionError(f"slot {slot} is not empty")
         self.cells[slot] = tokens
+
+    def _tokens(self, row: m.Row) -> Iterator[m.Sampled]:
+        for guess in [*row.tokens[len(row.tokens) - row.guessed :], None]:
+            one = self._next(row.slot)
+            yield one
+            if one.token != guess or one.failure is not None:
+                return
 
     def _next(self, slot: int) -> m.Sampled:
         if slot not in self._answers:

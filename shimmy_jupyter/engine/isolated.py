@@ -166,11 +166,7 @@ class IsolatedBackend:
         self._number += 1
         work = calls.Work(self._number, self._taken(), step, threads, limit)
         result = self._work(child, work, limit or 0.0)
-        asked = [row.slot for row in step.rows if row.sample and not result.aborted]
-        scored = [(row.slot, len(row.scores)) for row in step.rows if row.scores]
-        if [one.slot for one in result.sampled] != asked or (
-            not result.aborted and [(one.slot, len(one.scored)) for one in result.prompts] != scored
-        ):
+        if not wire.answers(step, result):
             raise child.lost("answered for other sequences than it was asked to")
         return result
 

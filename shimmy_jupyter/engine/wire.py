@@ -9,6 +9,7 @@ numbers can be counted with, or it is a `WireError`.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import types
@@ -87,6 +88,7 @@ def _plain(value: Any) -> Any:
             [row.tokens for row in rows],
             [row.sample for row in rows],
             [row.scores for row in rows],
+            [row.guessed for row in rows],
             value.adapter,
         ]
     if type(value) is StepResult:
@@ -231,13 +233,14 @@ def _same_length(*lists: Any) -> None:
 
 
 def _step(values: list[Any]) -> Step:
-    _same_length(values, "......")
-    (adapter,) = _list(values[5:], str)
+    _same_length(values, ".......")
+    (adapter,) = _list(values[6:], str)
     slots, starts = _ids(values[0]), _ids(values[1])
     tokens, samples, scores = _list(values[2], list), _list(values[3], bool), _list(values[4], list)
-    _same_length(slots, starts, tokens, samples, scores)
+    guessed = _ids(values[5])
+    _same_length(slots, starts, tokens, samples, scores, guessed)
     _ids(list(chain.from_iterable([*tokens, *scores])))
-    rows = map(Row, slots, starts, map(tuple, tokens), samples, map(tuple, scores))
+    rows = map(Row, slots, starts, map(tuple, tokens), samples, map(tuple, scores), guessed)
     return Step(tuple(rows), adapter)
 
 
@@ -262,6 +265,23 @@ def _step_result(values: list[Any]) -> StepResult:
     found = map(Sampled, slots, tokens, pieces, ends, why, scored)
     prompts = _reader(tuple[PromptScores, ...])(values[8])
     return StepResult(tuple(found), seconds, aborted, prompts)
+
+
+def answers(step: Step, result: StepResult) -> bool:
+    """Whether there is a token for each row that asked, or more where that had guesses."""
+    if result.aborted:
+        return not result.sampled and not result.prompts
+    asked = [row for row in step.rows if row.sample]
+    scored = [(row.slot, len(row.scores)) for row in step.rows if row.scores]
+    given = [
+        (slot, len(list(some)))
+        for slot, some in itertools.groupby(result.sampled, lambda one: one.slot)
+    ]
+    return (
+        [slot for slot, _ in given] == [row.slot for row in asked]
+        and all(count <= row.guessed + 1 for (_, count), row in zip(given, asked, strict=True))
+        and [(one.slot, len(one.scored)) for one in result.prompts] == scored
+    )
 
 
 def _rarely(kind: Any, values: list[Any]) -> Iterable[Any]:

@@ -561,6 +561,94 @@ class TestAdapters:
         assert all(d.ended(id).ended.reason is FinishReason.LENGTH for id in (1, 2, 3))
 
 
+class TestGuesses:
+    COPY = (1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3)
+
+    def driver(self, **changes: bool) -> Driver:
+        return Driver(replace(LARGE, lookup=True, **changes))
+
+    def ask(self, d: Driver, max_tokens: int = 20, stop: tuple[str, ...] = (), id: int = 1) -> None:
+        d.handle(m.Submitted(id, "p", self.COPY, max_tokens, GREEDY, stop))
+
+    def say(self, d: Driver, tokens: tuple[int, ...], piece: bytes = b"x") -> list[m.Instruction]:
+        """What the step's one row chooses, as far as its guesses are right."""
+        step = d.scheduler.step
+        assert step is not None
+        (row,) = step.rows
+        guesses = row.tokens[len(row.tokens) - row.guessed :]
+        right = 0
+        while right < min(len(guesses), len(tokens) - 1) and guesses[right] == tokens[right]:
+            right += 1
+        chosen = tuple(m.Sampled(row.slot, t, piece, False) for t in tokens[: right + 1])
+        return d.handle(m.Stepped(chosen, 0.1))
+
+    def test_what_follows_is_guessed_and_what_is_wrong_is_forgotten(self) -> None:
+        d = self.driver()
+        self.ask(d)
+        d.plan()
+        self.say(d, (4,))
+        row = d.plan()[1]
+        assert (row.tokens, row.guessed, row.sample) == ((4, 5, 6), 2, True)
+        said = self.say(d, (5, 6, 7))
+        assert [i.text for i in said if isinstance(i, m.Emit)] == ["x", "x", "x"]
+        row = d.plan()[1]
+        assert (row.start, row.tokens) == (15, (7, 8, 9, 1, 2, 3))
+        said = self.say(d, (8, 99))
+        assert said[-1] == m.TrimSlot(row.slot, 17)
+        row = d.plan()[1]
+        assert (row.start, row.tokens) == (17, (99,))
+        assert d.scheduler.sequences[1].answer == [4, 5, 6, 7, 8, 99]
+
+    def test_no_more_than_are_wanted(self) -> None:
+        d = self.driver()
+        self.ask(d, max_tokens=3)
+        d.plan()
+        self.say(d, (4,))
+        assert d.plan()[1].tokens == (4, 5)
+        self.say(d, (5, 6))
+        ended = d.ended(1).ended
+        assert (ended.reason, ended.usage.completion_tokens) == (FinishReason.LENGTH, 3)
+
+    def test_an_end_amid_the_guesses(self) -> None:
+        d = self.driver()
+        self.ask(d, stop=("yy",))
+        d.plan()
+        self.say(d, (4,))
+        d.plan()
+        said = self.say(d, (5, 6, 7), b"y")
+        ended = d.ended(1).ended
+        assert (ended.reason, ended.usage.completion_tokens) == (FinishReason.STOP, 3)
+        (close,) = [i for i in said if isinstance(i, m.CloseSlot)]
+        assert close.keep == 0  # too short to keep
+
+    def test_giving_up_amid_the_guesses(self) -> None:
+        d = self.driver()
+        self.ask(d)
+        d.plan()
+        self.say(d, (4,))
+        assert d.plan()[1].guessed
+        d.handle(m.CancelRequested(1))
+        self.say(d, (5, 6, 7))
+        assert d.ended(1).ended.usage.completion_tokens == 1
+
+    @pytest.mark.parametrize("off", ["lookup", "can_trim"])
+    def test_not_where_it_cannot_be(self, off: str) -> None:
+        d = self.driver()
+        d = Driver(replace(LARGE, **{"lookup": True, off: False}))
+        self.ask(d)
+        d.plan()
+        self.say(d, (4,))
+        assert d.plan()[1].guessed == 0
+
+    def test_not_in_company(self) -> None:
+        d = self.driver()
+        self.ask(d)
+        self.ask(d, id=2)
+        for _ in range(4):
+            assert all(row.guessed == 0 for row in d.plan().values())
+            d.decode(0.1)
+
+
 class TestPromptScores:
     SCORING = Sampling(temperature=0, prompt_logprobs=0)
 

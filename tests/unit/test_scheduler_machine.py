@@ -8,6 +8,7 @@ out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from hypothesis import given, settings
@@ -28,10 +29,11 @@ Cell = tuple[int, tuple[str, str]]
 CAPACITIES = [
     m.Capacity(
         slots=slots, kv_tokens=400, context_size=160, batch_tokens=48, queue=12, sequences=3,
-        can_copy=copy, can_trim=trim, saved_tokens=saved, weights=WEIGHTS,
+        can_copy=copy, can_trim=trim, saved_tokens=saved, weights=WEIGHTS, lookup=lookup,
     )
-    for slots, copy, trim, saved in (
-        (8, True, True, 150), (5, True, True, 0), (4, False, True, 120), (6, True, False, 200),
+    for slots, copy, trim, saved, lookup in (
+        (8, True, True, 150, True), (5, True, True, 0, True), (4, False, True, 120, False),
+        (6, True, False, 200, True),
     )
 ]  # fmt: skip
 
@@ -50,6 +52,7 @@ class Machine(RuleBasedStateMachine):
         self.cells: dict[int, list[Cell]] = {}
         self.saved: dict[int, list[Cell]] = {}
         self.served: dict[str, float] = {}
+        self.guessed = 0
         self.scored: set[int] = set()
         """Those whose prompt's tokens have come with their log-probabilities."""
 
@@ -178,7 +181,8 @@ class Machine(RuleBasedStateMachine):
             if row.sample:
                 failure = Failure("generation_failed", "nan") if choice == "nan" else None
                 piece = b"" if choice in ("end", "nan") else choice.encode()
-                results.append(m.Sampled(row.slot, 5, piece, choice == "end", failure))
+                token = 6 if choice == "b" else 5
+                results.append(m.Sampled(row.slot, token, piece, choice == "end", failure))
         missing = [r for r in self.scheduler.step.rows[len(choices) :] if r.sample]
         results += [m.Sampled(r.slot, 5, b"z", False) for r in missing]
         self.finish_step(m.Stepped(tuple(results), seconds, threads))
@@ -201,7 +205,20 @@ class Machine(RuleBasedStateMachine):
             for row in rows
             if row.scores
         )
-        self.send(replace(event, prompts=prompts))
+        sampled = [one for first in event.sampled for one in self.with_guesses(first)]
+        self.send(replace(event, sampled=tuple(sampled), prompts=prompts))
+
+    def with_guesses(self, one: m.Sampled) -> Iterator[m.Sampled]:
+        """A token after each guess that was right."""
+        assert self.scheduler.step is not None
+        (row,) = [row for row in self.scheduler.step.rows if row.slot == one.slot]
+        yield one
+        for guess in row.tokens[len(row.tokens) - row.guessed :]:
+            if one.token != guess or one.failure or one.end_of_generation:
+                return
+            one = m.Sampled(one.slot, 5, b"a", False)
+            self.guessed += 1
+            yield one
 
     @rule()
     def step_aborted(self) -> None:

@@ -313,8 +313,8 @@ class LlamaBackend:
         seconds, asked = done
         # First, as sampling may change the logits.
         prompts = context.scores(rows)
-        sampled = tuple(context.sample(slot, index) for slot, index in asked)
-        return StepResult(sampled, seconds, prompts=prompts)
+        sampled = [one for ask in asked for one in context.sample(ask)]
+        return StepResult(tuple(sampled), seconds, prompts=prompts)
 
     def embed(self, rows: tuple[Row, ...], threads: int, limit: float | None = None) -> Embedded:
         began = time.perf_counter()

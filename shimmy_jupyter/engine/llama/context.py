@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ..constrain import Matcher
 
 _ABORTED = 2
+Asked = tuple[int, int, tuple[int, ...]]
+"""A slot, the batch index whose logits choose its token, and guesses at that and those after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,15 +170,15 @@ class Context:
 
     def decode(
         self, rows: Sequence[Row], threads: int, adapter: Any = None
-    ) -> tuple[float, list[tuple[int, int]]] | None:
-        """Seconds and the (slot, batch index) pairs to sample; None where it was aborted."""
+    ) -> tuple[float, list[Asked]] | None:
+        """Seconds and what to sample; None where it was aborted."""
         if threads != self._threads:
             quick.llama_set_n_threads(self.handle, threads, threads)
             self._threads = threads
         if adapter is not self._adapter:
             self._use(adapter)
         asked = self._fill(rows)
-        asking = [self.samplers[slot] for slot, _ in asked if slot in self.samplers]
+        asking = [self.samplers[slot] for slot, _, _ in asked if slot in self.samplers]
         matchers = [one.matcher for one in asking if one.matcher is not None]
         if matchers:
             self._constraints.prepare(matchers)
@@ -199,8 +201,14 @@ class Context:
             raise EngineCrashed("llama.cpp could not use this adapter")
         self._adapter = adapter
 
-    def sample(self, slot: int, index: int) -> Sampled:
-        return self.samplers[slot].sample(self.handle, slot, index)
+    def sample(self, asked: Asked) -> Iterator[Sampled]:
+        """A token; and for each guess that was right, the one after it."""
+        slot, index, guesses = asked
+        for offset, guess in enumerate([*guesses, None]):
+            one = self.samplers[slot].sample(self.handle, slot, index + offset)
+            yield one
+            if one.token != guess or one.failure is not None or one.end_of_generation:
+                return
 
     def scores(self, rows: Sequence[Row]) -> tuple[PromptScores, ...]:
         """Of the rows that ask for them, after the step."""
@@ -229,10 +237,10 @@ class Context:
         native.llama_memory_clear(self.memory, True)
         return None
 
-    def _fill(self, rows: Sequence[Row]) -> list[tuple[int, int]]:
+    def _fill(self, rows: Sequence[Row]) -> list[Asked]:
         batch, at = self.batch, 0
         token, position, sequence, logits = batch.token, batch.pos, batch.seq_id, batch.logits
-        asked: list[tuple[int, int]] = []
+        asked: list[Asked] = []
         for row in rows:
             slot = 0 if self._alone else row.slot
             for offset, value in enumerate(row.tokens):
@@ -242,7 +250,9 @@ class Context:
                 logits[at] = offset < len(row.scores)
                 at += 1
             if row.sample:
-                logits[at - 1] = True
-                asked.append((row.slot, at - 1))
+                first = at - 1 - row.guessed
+                for i in range(first, at):
+                    logits[i] = True
+                asked.append((row.slot, first, row.tokens[len(row.tokens) - row.guessed :]))
         batch.n_tokens = at
         return asked
