@@ -65,8 +65,18 @@ $(VENV)/.source: | $(VENV)/.test
 		tar -xzf $(SOURCE)/llama_cpp_python-*.tar.gz -C $(SOURCE) --wildcards '*/models/templates/*'
 	@touch $@
 
-unit: $(VENV)/.test $(VENV)/.source ## The core and everything that needs no server
-	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) $(BIN)/python -m pytest tests/unit
+# The JSON Schema test suite that jsonschema's source brings along; without it its tests are skipped.
+SUITE := $(VENV)/suite
+$(VENV)/.suite: | $(VENV)/.test
+	-$(BIN)/python -m pip download --quiet --no-deps --no-binary jsonschema \
+		--dest $(SUITE) jsonschema==4.26.0 && \
+		tar -xzf $(SUITE)/jsonschema-*.tar.gz -C $(SUITE) --wildcards --no-wildcards-match-slash \
+		'*/json/tests/draft2020-12/*.json'
+	@touch $@
+
+unit: $(VENV)/.test $(VENV)/.source $(VENV)/.suite ## The core and everything that needs no server
+	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) \
+		JSON_SCHEMA_SUITE=$(wildcard $(SUITE)/*/json/tests/draft2020-12) $(BIN)/python -m pytest tests/unit
 
 component: $(VENV)/.test ## A real Jupyter server, the scripted backend
 	$(BIN)/python -m pytest tests/component

@@ -7,7 +7,8 @@ that nothing of a schema reaches it that has not been looked at; nothing is ever
 
 Narrower than the draft: keys come in the order of `properties`, there is no whitespace, control
 characters that only `\\u` can write do not come. Wider: a key that `properties` does not name may
-come twice (a reader takes the last), February has 29 days, and patterns are Rust's, no lookaround.
+come twice (a reader takes the last), February has 29 days, any minute a leap second, and patterns
+are Rust's, no lookaround.
 """
 
 from __future__ import annotations
