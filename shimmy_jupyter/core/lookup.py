@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SAME = 3
+SAME = 4
 """Tokens that must be the same."""
 MOST = 7
 """Guesses in a step. With 8 tokens it takes some three times as long as with one."""
+_CAUTIOUS = 2
 _LONGEST_WAIT = 64
 
 
@@ -22,7 +23,7 @@ class Lookup:
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}
         """Where each run of `SAME` tokens was last followed by something."""
-        self._size = 2
+        self._size = MOST
         self._wait = self._misses = 0
 
     def guess(self, prompt: Sequence[int], answer: Sequence[int], most: int) -> tuple[int, ...]:
@@ -39,12 +40,12 @@ class Lookup:
     def learn(self, guessed: int, right: int) -> None:
         """How many of the last guesses were right."""
         if right:
-            self._misses = 0
-            self._size = min(MOST, 2 * right + 1)
+            self._misses, self._size = 0, MOST
             return
-        self._size = 1
+        # Once may be the place where a copy differs; again and again it is none.
+        self._size = _CAUTIOUS
         self._misses += 1
-        self._wait = min(_LONGEST_WAIT, 2**self._misses)
+        self._wait = min(_LONGEST_WAIT, 2**self._misses - 2)
 
     def _read(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
         tokens = self._tokens

@@ -562,10 +562,10 @@ class TestAdapters:
 
 
 class TestGuesses:
-    COPY = (1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3)
+    COPY = (1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4)
 
     def driver(self, **changes: bool) -> Driver:
-        return Driver(replace(LARGE, lookup=True, **changes))
+        return Driver(replace(LARGE, **{"lookup": True, **changes}))
 
     def ask(self, d: Driver, max_tokens: int = 20, stop: tuple[str, ...] = (), id: int = 1) -> None:
         d.handle(m.Submitted(id, "p", self.COPY, max_tokens, GREEDY, stop))
@@ -586,26 +586,34 @@ class TestGuesses:
         d = self.driver()
         self.ask(d)
         d.plan()
-        self.say(d, (4,))
+        self.say(d, (5,))
         row = d.plan()[1]
-        assert (row.tokens, row.guessed, row.sample) == ((4, 5, 6), 2, True)
-        said = self.say(d, (5, 6, 7))
-        assert [i.text for i in said if isinstance(i, m.Emit)] == ["x", "x", "x"]
+        assert (row.tokens, row.guessed, row.sample) == ((5, 6, 7, 8, 9, 1, 2, 3), 7, True)
+        said = self.say(d, (6, 7, 8, 99))
+        assert [i.text for i in said if isinstance(i, m.Emit)] == ["x", "x", "x", "x"]
+        assert said[-1] == m.TrimSlot(row.slot, row.start + 4)
+        following = d.plan()[1]
+        assert (following.start, following.tokens) == (row.start + 4, (99,))
+        assert d.scheduler.sequences[1].answer == [5, 6, 7, 8, 99]
+
+    def test_where_all_are_right_nothing_is_forgotten(self) -> None:
+        d = self.driver()
+        self.ask(d)
+        d.plan()
+        self.say(d, (5,))
         row = d.plan()[1]
-        assert (row.start, row.tokens) == (15, (7, 8, 9, 1, 2, 3))
-        said = self.say(d, (8, 99))
-        assert said[-1] == m.TrimSlot(row.slot, 17)
-        row = d.plan()[1]
-        assert (row.start, row.tokens) == (17, (99,))
-        assert d.scheduler.sequences[1].answer == [4, 5, 6, 7, 8, 99]
+        said = self.say(d, (6, 7, 8, 9, 1, 2, 3, 4))
+        assert not any(isinstance(i, m.TrimSlot) for i in said)
+        following = d.plan()[1]
+        assert (following.start, following.tokens[0]) == (row.start + 8, 4)
 
     def test_no_more_than_are_wanted(self) -> None:
         d = self.driver()
         self.ask(d, max_tokens=3)
         d.plan()
-        self.say(d, (4,))
-        assert d.plan()[1].tokens == (4, 5)
-        self.say(d, (5, 6))
+        self.say(d, (5,))
+        assert d.plan()[1].tokens == (5, 6)
+        self.say(d, (6, 7))
         ended = d.ended(1).ended
         assert (ended.reason, ended.usage.completion_tokens) == (FinishReason.LENGTH, 3)
 
@@ -613,9 +621,9 @@ class TestGuesses:
         d = self.driver()
         self.ask(d, stop=("yy",))
         d.plan()
-        self.say(d, (4,))
+        self.say(d, (5,))
         d.plan()
-        said = self.say(d, (5, 6, 7), b"y")
+        said = self.say(d, (6, 7, 8), b"y")
         ended = d.ended(1).ended
         assert (ended.reason, ended.usage.completion_tokens) == (FinishReason.STOP, 3)
         (close,) = [i for i in said if isinstance(i, m.CloseSlot)]
@@ -625,19 +633,18 @@ class TestGuesses:
         d = self.driver()
         self.ask(d)
         d.plan()
-        self.say(d, (4,))
+        self.say(d, (5,))
         assert d.plan()[1].guessed
         d.handle(m.CancelRequested(1))
-        self.say(d, (5, 6, 7))
+        self.say(d, (6, 7, 8))
         assert d.ended(1).ended.usage.completion_tokens == 1
 
     @pytest.mark.parametrize("off", ["lookup", "can_trim"])
     def test_not_where_it_cannot_be(self, off: str) -> None:
-        d = self.driver()
-        d = Driver(replace(LARGE, **{"lookup": True, off: False}))
+        d = self.driver(**{off: False})
         self.ask(d)
         d.plan()
-        self.say(d, (4,))
+        self.say(d, (5,))
         assert d.plan()[1].guessed == 0
 
     def test_not_in_company(self) -> None:

@@ -55,7 +55,10 @@ class LlamaBackend:
         self._alarm = Alarm(self._flag.raise_)
         self._adapters: dict[str, Any] = {}
         self._can_trim = True
-        self._threads = 1
+        self._threads = self._private_threads = 1
+        """Of a reproducible sequence always the same: one is left to whoever else is busy, beside whom all
+        of them would take many times as long.
+        """
         self._in_use = threading.Lock()
         """Held while tokenizing, so that the model is not freed under another thread's hands."""
 
@@ -93,6 +96,7 @@ class LlamaBackend:
         self._vocabulary = vocabulary = Vocabulary(model)
         self._embedding_facts = embedding_facts(model, spec.context_size or sys.maxsize)
         self._threads = spec.threads or processors.available()
+        self._private_threads = spec.threads or max(1, self._threads - 1)
         # Where every token asks for an output, a long prompt would end the process.
         if not facts.is_causal(model) or pooling(model) == "rank":
             return self._load_embedding(layers)
@@ -303,7 +307,7 @@ class LlamaBackend:
             self._alarm.arm(limit)
         try:
             adapter = self._adapters[step.adapter] if step.adapter else None
-            done = context.decode(rows, self._threads if private else threads, adapter)
+            done = context.decode(rows, self._private_threads if private else threads, adapter)
         finally:
             self._alarm.disarm()
             # Not before the step: an abort that comes just then would be lost.
@@ -338,7 +342,7 @@ class LlamaBackend:
     def _open_private(self, slot: OpenSlot) -> None:
         """A context of its own, each time: nothing that was there before can change a sum."""
         tokens = math.ceil(slot.private_tokens / 256) * 256
-        spec = ContextSpec(tokens, 1, PRIVATE_SLICE, self._threads, kv=self._kv)
+        spec = ContextSpec(tokens, 1, PRIVATE_SLICE, self._private_threads, kv=self._kv)
         assert self._constraints is not None
         context = Context(self._model, self._constraints, spec, self._flag)
         if not context.ok:
