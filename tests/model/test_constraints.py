@@ -28,7 +28,7 @@ from .conftest import ask, loaded, self_test_path
 pytestmark = pytest.mark.usefixtures("isolation")
 RANDOM = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7)
 PROMPT = tuple(b"Some facts about a Python function: ")
-SCHEMAS_EACH = 25
+SCHEMAS_EACH = 100
 
 
 def schema(random: Random, depth: int = 0) -> Any:  # noqa: PLR0911
