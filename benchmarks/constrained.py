@@ -15,11 +15,13 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
 
 import random_gguf  # noqa: E402
+from bench import record  # noqa: E402
 
 from shimmy_jupyter.compose import llama_backend  # noqa: E402
 from shimmy_jupyter.engine.backend import LoadSpec  # noqa: E402
@@ -59,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--layers", type=int, default=random_gguf.QWEN_06B.layers)
     parser.add_argument("--folder", type=Path, default=HERE / "results")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "bench.json")
     return parser.parse_args()
 
 
@@ -101,6 +104,7 @@ async def main() -> None:
     options = arguments()
     spec = LoadSpec(path=str(shape(options)), context_size=1024)
     model = await LoadedModel.load(llama_backend, spec)
+    rows: list[dict[str, Any]] = []
     try:
         for clients in map(int, options.clients.split(",")):
             rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -109,16 +113,21 @@ async def main() -> None:
                     found = await rate(model, clients, options.tokens, kind, round_)
                     if round_:  # the first one pays for tables and first touches
                         rates[kind].append(found)
-            for kind, found in rates.items():
-                overhead = [free / one - 1 for free, one in zip(rates["free"], found, strict=True)]
+            for kind, each in rates.items():
+                overhead = [free / one - 1 for free, one in zip(rates["free"], each, strict=True)]
                 print(
-                    f"{clients:3} streams  {kind:<12} {median(found):7.1f} tokens/s"
+                    f"{clients:3} streams  {kind:<12} {median(each):7.1f} tokens/s"
                     f"   overhead {median(overhead):+6.1%}"
                     f"  ({min(overhead):+.1%} to {max(overhead):+.1%})",
                     flush=True,
                 )
+                row = {"clients": clients, "kind": kind, "rate": median(each)}
+                spread = {"least": min(overhead), "most": max(overhead)}
+                rows.append({**row, "overhead": median(overhead), **spread})
     finally:
         await model.close()
+    shape_of = {"vocabulary": options.vocabulary, "layers": options.layers}
+    record(options.json, "constraints", None, {**shape_of, "rounds": options.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,10 @@ from shimmy_jupyter.models.catalog import discover
 from shimmy_jupyter.types import Constraint, Sampling
 
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
+
+from bench import record  # noqa: E402
+
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 LOAD = """\
@@ -146,17 +150,21 @@ def simulated(prompt: tuple[int, ...], answer: tuple[int, ...], cost: dict[int, 
     return len(answer) / spent
 
 
-async def simulate(cost: dict[int, float]) -> None:
+async def simulate(cost: dict[int, float]) -> dict[str, float]:
     (bundled,) = discover([])
     model = await LoadedModel.load(llama_backend, LoadSpec(path=str(bundled.path)))
     print("\nin tokens of the bundled model, at these costs:")
+    found = {}
     for name, (cell, answer) in ANSWERS.items():
         prompt, tokens = await model.encode(cell), await model.encode(answer)
-        print(f"  {name:<20} {len(tokens):4} tokens   {simulated(prompt, tokens, cost):.2f} times")
+        found[name] = simulated(prompt, tokens, cost)
+        print(f"  {name:<20} {len(tokens):4} tokens   {found[name]:.2f} times")
     await model.close()
+    return found
 
 
-async def measure(options: argparse.Namespace) -> None:
+async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     print("\nthe engine, held to these answers:")
     models = {
         lookup: await LoadedModel.load(
@@ -178,8 +186,11 @@ async def measure(options: argparse.Namespace) -> None:
             f"   {median(gains):.2f} times ({min(gains):.2f} to {max(gains):.2f})",
             flush=True,
         )
+        row = {"answer": name, "rate": median(rates[True]), "without": median(rates[False])}
+        rows.append({**row, "gain": median(gains), "least": min(gains), "most": max(gains)})
     for model in models.values():
         await model.close()
+    return rows
 
 
 async def _rate(model: LoadedModel, cell: str, answer: str) -> float:
@@ -205,9 +216,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=HERE / "results" / "words-0.6b-q8_0.gguf")
     parser.add_argument("--depth", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "bench.json")
     options = parser.parse_args()
-    asyncio.run(simulate(costs(options)))
-    asyncio.run(measure(options))
+    cost = costs(options)
+    in_tokens = asyncio.run(simulate(cost))
+    rows = asyncio.run(measure(options))
+    result = {"depth": options.depth, "cost": cost, "in_tokens": in_tokens, "rows": rows}
+    record(options.json, "lookup", None, {**result, "rounds": options.rounds})
 
 
 if __name__ == "__main__":

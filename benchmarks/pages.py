@@ -219,3 +219,48 @@ def memory(found: Found, bandwidth: float | None) -> str:
         + f"\n\nThe least there can be: {weights:,.0f} MiB of weights and {cache:,.0f} MiB for 16,384 tokens of "
         "KV cache, for the sides that have so many; pages count when they are touched."
     )
+
+
+def constraints(found: Found | None) -> str:
+    if found is None:
+        return "Not measured: benchmarks/constrained.py."
+    rows = [
+        [
+            str(row["clients"]),
+            row["kind"],
+            number(row["rate"]),
+            f"{row['overhead']:+.1%} ({row['least']:+.1%} … {row['most']:+.1%})",
+        ]
+        for row in found["rows"]
+    ]
+    return (
+        f"The shape of Qwen3-0.6B with a vocabulary of {found['vocabulary']:,}, Q8_0, in process: the same "
+        f"streams free and held to a schema or an expression, in turns, medians of {found['rounds']} rounds. "
+        "The overhead is how much longer a step takes.\n\n"
+        + table(["streams", "", "tokens/s", "overhead"], rows)
+    )
+
+
+def lookup(found: Found | None) -> str:
+    if found is None:
+        return "Not measured: benchmarks/lookup.py."
+    rows = [
+        [
+            row["answer"],
+            number(row["rate"]),
+            number(row["without"]),
+            f"{row['gain']:.2f} ({row['least']:.2f} … {row['most']:.2f})",
+            f"{found['in_tokens'][row['answer']]:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    cost = {int(count): times for count, times in found["cost"].items()}
+    most = max(cost)
+    return (
+        "A cell, and what a model makes of it when told to fix it, one stream in the shape of Qwen3-0.6B, "
+        "Q8_0: the engine is held to exactly that answer, with guesses by prompt lookup and without, in turns. "
+        "There a character is a token; beside it, reckoned from the cost of steps, the gain in the bundled "
+        f"model's tokens. A step of {most} tokens takes {cost[most]:.2f} times as long as one of one, so "
+        f"{most / cost[most]:.2f} times is the most there can be.\n\n"
+        + table(["answer", "tokens/s", "without", "gain", "gain in larger tokens"], rows)
+    )

@@ -70,6 +70,8 @@ def page(found: dict[str, Any], startup: dict[str, Any], plots: Path) -> str:
             continue
         for model, result in by_model.items():
             parts += _section(name, model, result, bandwidth, plots)
+    parts += ["## Constraints", pages.constraints(sections.get("constraints"))]
+    parts += ["## Answers that copy", pages.lookup(sections.get("lookup"))]
     parts += ["## What a step costs besides the model", _host(sections.get("host"))]
     parts += ["## What the extension adds to a Jupyter server's start", _startup(startup)]
     return "\n\n".join(parts) + "\n"
