@@ -19,15 +19,21 @@ class Errand:
     done: Future[Any] = field(default_factory=Future)
 
     def run(self) -> None:
-        """Raises what nobody foresaw, and `EngineLost`: those end the engine, too."""
+        """Raises what nobody foresaw, and `EngineLost`: those end the engine, which then says so."""
         if not self.done.set_running_or_notify_cancel():
             return
         try:
-            self.done.set_result(self.work())
-        except BaseException as error:
+            found = self.work()
+        except EngineLost:
+            raise
+        except ShimmyError as error:
             self.done.set_exception(error)
-            if not isinstance(error, ShimmyError) or isinstance(error, EngineLost):
-                raise
+        else:
+            self.done.set_result(found)
+
+    def give_up(self, error: ShimmyError) -> None:
+        if self.done.running() or self.done.set_running_or_notify_cancel():
+            self.done.set_exception(error)
 
 
 class Errands:
@@ -43,12 +49,12 @@ class Errands:
         self._waiting.append(errand)
 
     def run_one(self) -> None:
+        """One that ends the engine stays: whoever waits for it hears so once that is known to all."""
         if self._waiting:
-            self._waiting.popleft().run()
+            self._waiting[0].run()
+            self._waiting.popleft()
 
     def give_up(self, error: ShimmyError) -> None:
         """The engine has ended."""
         while self._waiting:
-            errand = self._waiting.popleft()
-            if errand.done.set_running_or_notify_cancel():
-                errand.done.set_exception(error)
+            self._waiting.popleft().give_up(error)

@@ -363,7 +363,8 @@ class Engine:
         except Exception:
             # It may be the scheduler that failed.
             log.exception("the engine's end failed too")
-        self._errands.give_up(from_failure(failure))
+        gone = failure.code == EngineLost.code
+        self._errands.give_up(EngineLost(failure.message) if gone else from_failure(failure))
         # Those whose last word was lost with the failure.
         nothing = Timings(0.0, None, None)
         for id in list(self._streams):

@@ -328,8 +328,9 @@ class TestErrands:
     async def test_what_nobody_foresaw_ends_the_engine(self) -> None:
         engine = await started(FakeBackend(words(1000)))
         stream = submit(engine)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(EngineCrashed):
             await engine.errand(lambda: 1 // 0)
+        assert engine.failure is not None
         with pytest.raises(EngineCrashed):
             await text(stream)
         with pytest.raises(EngineCrashed):
