@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from .completion import Completion, Echo
+from .engine.embedder import Embedder
 from .engine.model import Encoded, LoadedModel
 from .engine.stream import TokenStream
 from .errors import (
@@ -100,7 +101,8 @@ def _models_health(statuses: list[ModelStatus]) -> Dependency:
 class Vectors:
     """One of each input, and the tokens of all inputs together."""
 
-    vectors: list[tuple[float, ...]]
+    vectors: list[bytes]
+    """Little-endian float32."""
     tokens: int
 
 
@@ -143,6 +145,8 @@ class CompletionService:
 
     async def _encoded(self, request: CompletionRequest) -> _Prepared:
         model = await self.pool.get(request.model)
+        if not model.facts.can_generate:
+            raise UnsupportedParameter("this model makes embeddings only", param="model")
         model.check_bias(request.sampling.logit_bias)
         prompt = request.prompt
         if request.suffix:
@@ -150,15 +154,15 @@ class CompletionService:
         if request.sampling.constraint is not None:
             await model.compile(request.sampling.constraint, request.principal.name)
         adapter = await self._adapter(model, request.adapter) if request.adapter else ""
-        if not model.facts.can_generate:
-            raise UnsupportedParameter("this model makes embeddings only", param="model")
         encoded = await model.prepare(prompt, request.principal.name, request.chat)
         return model, encoded, adapter
 
     async def _echo(self, model: LoadedModel, request: CompletionRequest, prompt: Encoded) -> Echo:
         prompted, who = request.prompt, request.principal.name
         text = prompted if isinstance(prompted, str) else await model.decode(prompt.tokens, who)
-        return Echo(text, await model.decode(prompt.tokens[:1], who))
+        first = await model.decode(prompt.tokens[:1], who)
+        # What the model wants before every prompt is not part of this one's text.
+        return Echo(text, first if text.startswith(first) else "")
 
     async def _adapter(self, model: LoadedModel, id: str) -> str:
         """Its path, once it is loaded."""
@@ -206,19 +210,22 @@ class CompletionService:
         """Vectors of texts, or scores of a query's documents. Raises what `LoadedModel` does, and
         `UnsupportedParameter` where the model cannot make them.
         """
+        who = request.principal.name
         try:
             async with asyncio.timeout(self.max_seconds):
                 try:
-                    return await self._embedded(request)
+                    embedder, tokens = await self._inputs(request)
                 except EngineLost:
-                    # Its process ended. Nothing of this request is lost: it is computed again.
-                    return await self._embedded(request)
+                    # Its process ended while nobody was using it: nothing of this request is lost.
+                    embedder, tokens = await self._inputs(request)
+                return Vectors(await embedder.vectors(tokens, who), sum(map(len, tokens)))
         except TimeoutError:
             raise DeadlineExceeded("the request took longer than max_seconds") from None
 
-    async def _embedded(self, request: EmbeddingRequest) -> Vectors:
+    async def _inputs(
+        self, request: EmbeddingRequest
+    ) -> tuple[Embedder, tuple[tuple[int, ...], ...]]:
         model = await self.pool.get(request.model)
-        who = request.principal.name
         embedder = model.embedder
         if embedder is None:
             raise UnsupportedParameter("this model makes no embeddings", param="model")
@@ -227,8 +234,11 @@ class CompletionService:
             raise UnsupportedParameter("this model is no reranker", param="model")
         if ranks and not request.rank:
             raise UnsupportedParameter("this model is a reranker: it makes scores", param="model")
-        tokens = await model.encode_inputs(request.inputs, request.names, who)
-        return Vectors(await embedder.vectors(tokens, who), sum(map(len, tokens)))
+        width = embedder.shape.width
+        if (request.dimensions or 0) > width:
+            raise InvalidValue(f"this model's vectors have {width} numbers", param="dimensions")
+        who = request.principal.name
+        return embedder, await model.encode_inputs(request.inputs, request.names, who)
 
     async def tokenize(
         self, model: str, prompt: Prompt, principal: Principal, options: ChatOptions = _AS_IT_IS

@@ -214,6 +214,8 @@ class EmbeddingRequest:
     names: tuple[str, ...] = ()
     """What the body calls each of them, for errors."""
     rank: bool = False
+    dimensions: int | None = None
+    """How many numbers of each vector are wanted; None: all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,8 @@ class Sampled:
     failure: Failure | None = None
     scored: Scored | None = None
     """With log-probabilities, where the sequence's `Sampling.logprobs` asks for them."""
+    held: bool = False
+    """To a constraint, which leaves nothing in the answer to be taken for a marker."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from .messages import Row
 
 class Packing:
     """Of one request's `inputs`, in order; each fits `batch_tokens`, unless they are `divisible`: then
-    a call may end amid one, which the next call goes on with, in the same slot.
+    a call may hold a part of one alone, which the next call goes on with, in the same slot.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Packing:
             tokens, start = self._inputs[self._at], self._done
             left = len(tokens) - start
             take = min(left, room) if self._divisible else left
-            if take <= 0 or (rows and take > room):
+            if take <= 0 or (rows and (take > room or take < left)):
                 break
             room -= take
             if not start:

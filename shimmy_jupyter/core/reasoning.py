@@ -255,7 +255,9 @@ def switches(template: str) -> Switch | None:
 
 _OPEN = re.compile(r"\{([{%#])[-+]?")
 _WORD = re.compile(
-    r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\w+|[-+]?%\}|[=!<>]=|[^\w\s]""", re.DOTALL
+    # A text without an end goes on to the template's: looked for again and again, it takes long.
+    r"""'(?:[^'\\]|\\.)*(?:'|\Z)|"(?:[^"\\]|\\.)*(?:"|\Z)|\w+|[-+]?%\}|[=!<>]=|[^\w\s]""",
+    re.DOTALL,
 )
 _NESTING = frozenset("if for macro call filter block generation".split())
 

@@ -283,7 +283,7 @@ class Scheduler:
             out += self._end(sequence, FinishReason.STOP, now)
             return
         was_thinking = sequence.text.thinking
-        parts = sequence.text.push(sampled.piece)
+        parts = sequence.text.push(sampled.piece, as_is=sampled.held)
         if was_thinking or sequence.text.thinking:
             sequence.thought = sequence.generated
         if sampled.scored is not None:

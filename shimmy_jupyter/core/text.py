@@ -36,10 +36,14 @@ class TextAssembler:
         """Whether what comes next is reasoning, as far as is known."""
         return self._splitter is not None and self._splitter.thinking
 
-    def push(self, piece: bytes) -> list[Part]:
+    def push(self, piece: bytes, *, as_is: bool = False) -> list[Part]:
         """Add a token's bytes; returns the texts that may be shown now. Where reasoning ends with
         it and nothing is to be shown, an empty text of reasoning.
+
+        `as_is`: it is the answer's, and so is all that follows, whatever it looks like.
         """
+        if as_is and self._splitter is not None:
+            self._splitter = None  # with white space that it held back, which was before the answer
         text = self._decoder.decode(piece)
         if self._splitter is None:
             shown = self._stop.push(text)

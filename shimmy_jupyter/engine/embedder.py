@@ -50,10 +50,9 @@ class Embedder:
         self._seconds = 2 * max(facts.parameters, 1) / _FLOPS
         """For a token."""
 
-    async def vectors(
-        self, inputs: tuple[tuple[int, ...], ...], principal: str
-    ) -> list[tuple[float, ...]]:
-        """A vector of `shape.width` numbers for each input, which has from 1 to `shape.tokens` tokens.
+    async def vectors(self, inputs: tuple[tuple[int, ...], ...], principal: str) -> list[bytes]:
+        """A vector of `shape.width` numbers for each input, which has from 1 to `shape.tokens` tokens,
+        as little-endian float32.
 
         Raises `QueueFull`, `GenerationFailed`, or what ended the engine. A caller that gives up stops
         it after the call in progress.
@@ -65,7 +64,7 @@ class Embedder:
             sequences=shape.sequences,
             divisible=shape.divisible,
         )
-        found: list[tuple[float, ...]] = []
+        found: list[bytes] = []
         self.active += 1
         try:
             while len(found) < len(inputs):
@@ -73,7 +72,7 @@ class Embedder:
                     # What is half done keeps its turn: its slot is not to be another's.
                     going = True
                     while going:
-                        found += map(self._read, await self._call(packing.next(self._budget())))
+                        found += map(self._checked, await self._call(packing.next(self._budget())))
                         going = not packing.whole
         finally:
             self.active -= 1
@@ -100,13 +99,12 @@ class Embedder:
                 return done.vectors
         raise EngineLost("its calls are aborted again and again, though nobody asks for it")
 
-    def _read(self, data: bytes) -> tuple[float, ...]:
+    def _checked(self, data: bytes) -> bytes:
         """What a child says is looked at before it is believed."""
         if len(data) != 4 * self.shape.width:
             raise GenerationFailed("the model made a vector of another length than it says")
-        vector = struct.unpack(f"<{self.shape.width}f", data)
-        if not all(map(math.isfinite, vector)):
+        if not all(map(math.isfinite, struct.unpack(f"<{self.shape.width}f", data))):
             raise GenerationFailed(
                 "the model computed numbers that are not finite; its file is probably damaged"
             )
-        return vector
+        return data

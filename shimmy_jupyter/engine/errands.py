@@ -45,8 +45,8 @@ class Errands:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, errand: Errand) -> None:
-        self._waiting.append(errand)
+    def add(self, *errands: Errand) -> None:
+        self._waiting += errands
 
     def run_one(self) -> None:
         """One that ends the engine stays: whoever waits for it hears so once that is known to all."""

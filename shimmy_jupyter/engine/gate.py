@@ -61,7 +61,9 @@ class Gate:
         """Whether the reasoning would end within this token, and the answer begin unchecked."""
         if not self._splitter.thinking:
             return False
-        text = self._tail + piece.decode("utf-8", "replace")
+        state = self._decoder.getstate()
+        text = self._tail + self._decoder.decode(piece)
+        self._decoder.setstate(state)
         at = text.find(self._end)
         return at >= 0 and bool(text[at + len(self._end) :].strip())
 

@@ -33,6 +33,7 @@ from ..types import (
 from .backend import Backend, LoadSpec, Sharing
 from .deep import MAX_TEXT_BYTES, bounded, in_deep_thread, longest
 from .embedder import Embedder
+from .inputs import batches, ids_of, size_of, texts_of
 from .special import any_of
 from .stream import TokenStream
 from .template import ChatTemplate
@@ -44,7 +45,8 @@ log = logging.getLogger("shimmy_jupyter.engine")
 
 _SHORT = 4096
 _AS_IT_IS = ChatOptions()
-_INPUTS_AT_ONCE = 64
+MOST_INPUT_TOKENS = 1 << 18
+"""Of all inputs of one request for vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class LoadedModel:
         engine: Engine,
         facts: ModelFacts,
         special: re.Pattern[str] | None,
+        thinking: Thinking,
         *,
         max_waiting: int,
     ) -> None:
@@ -74,7 +77,7 @@ class LoadedModel:
         self._turns = Turns(max_waiting)
         self._special = special
         self._template: ChatTemplate | None = None
-        self._thinking = Thinking(facts.chat_template or "")
+        self._thinking = thinking
         self.embedder: Embedder | None = None
         """What makes vectors, where the model can."""
         if facts.embedding is not None:
@@ -116,7 +119,8 @@ class LoadedModel:
         try:
             # Thousands of them take a while.
             special = await asyncio.to_thread(any_of, facts.special_tokens)
-            model = cls(engine, facts, special, max_waiting=queue_size)
+            thinking = await asyncio.to_thread(Thinking, facts.chat_template or "")
+            model = cls(engine, facts, special, thinking, max_waiting=queue_size)
             if sharing is not None and sharing.public:
                 engine.publish(await model.public_prefixes(sharing.public))
         except BaseException:
@@ -161,15 +165,16 @@ class LoadedModel:
                 await asyncio.to_thread(self.engine.backend.check)
             return Encoded(tokens)
         with self._losing():
-            async with self._turns.turn(principal):
-                raw = isinstance(prompt, str)
-                text = prompt if isinstance(prompt, str) else await self._render(prompt, options)
-                param = "prompt" if text is prompt else "messages"
-                check = functools.partial(self._check_length, text, param)
-                # Off the event loop, for the sake of others when it is long.
-                size = check() if len(text) < _SHORT else await asyncio.to_thread(check)
-                found = await in_deep_thread(lambda: self.engine.backend.tokenize(text), size)
-                return Encoded(found, None if raw else self._thinking.reasoning(text))
+            return await self._turns.keep(principal, lambda: self._prepared(prompt, options))
+
+    async def _prepared(self, prompt: Prompt, options: ChatOptions) -> Encoded:
+        raw = isinstance(prompt, str)
+        text = prompt if isinstance(prompt, str) else await self._render(prompt, options)
+        check = functools.partial(self._check_length, text, "prompt" if raw else "messages")
+        # Off the event loop, for the sake of others when it is long.
+        size = check() if len(text) < _SHORT else await asyncio.to_thread(check)
+        found = await in_deep_thread(lambda: self.engine.backend.tokenize(text), size)
+        return Encoded(found, None if raw else self._thinking.reasoning(text))
 
     def between(self, prefix: Prompt, suffix: str) -> str:
         """The prompt for what stands between two texts, the prefix first. Raises
@@ -199,44 +204,52 @@ class LoadedModel:
         """The exact tokens of texts to embed, as many at a time as is one principal's turn. `names`
         are for errors. Raises `QueueFull`, `InvalidValue` or `ContextLengthExceeded`.
         """
-        assert self.facts.embedding is not None
-        most = self.facts.embedding.tokens
         found: list[tuple[int, ...]] = []
-        named = list(zip(inputs, names, strict=True))
-        for at in range(0, len(named), _INPUTS_AT_ONCE):
-            found += await self._encoded_inputs(named[at : at + _INPUTS_AT_ONCE], principal)
-        for tokens, name in zip(found, names, strict=True):
-            if len(tokens) > most:
+        total = 0
+        for some in batches(list(zip(inputs, names, strict=True))):
+            for tokens, (_, name) in zip(
+                await self._encoded_inputs(some, principal), some, strict=True
+            ):
+                self._check_input(tokens, name)
+                total += len(tokens)
+                found.append(tokens)
+            if total > MOST_INPUT_TOKENS:
                 raise ContextLengthExceeded(
-                    f"an input of {len(tokens)} tokens: this model embeds at most {most}",
-                    param=name,
+                    f"{total} tokens and more; at most {MOST_INPUT_TOKENS} in one request",
+                    param=names[0].partition(".")[0],
                 )
         return tuple(found)
+
+    def _check_input(self, tokens: tuple[int, ...], name: str) -> None:
+        assert self.facts.embedding is not None
+        most = self.facts.embedding.tokens
+        if len(tokens) > most:
+            raise ContextLengthExceeded(
+                f"an input of {len(tokens)} tokens: this model embeds at most {most}", param=name
+            )
+        if not tokens:
+            raise InvalidValue("for this model it has no tokens", param=name)
 
     async def _encoded_inputs(
         self, some: list[tuple[EmbeddingInput, str]], principal: str
     ) -> list[tuple[int, ...]]:
-        texts: list[tuple[str, ...]] = []
         for one, name in some:
-            if isinstance(one[0], str):
-                text = tuple(part for part in one if isinstance(part, str))
-                _check_bytes(sum(len(part.encode()) for part in text), name)
-                texts.append(text)
+            if isinstance(one[0], int):
+                self._check_ids(ids_of(one), name)
             else:
-                self._check_ids(tuple(t for t in one if isinstance(t, int)), name)
-        backend, asked = self.engine.backend, tuple(texts)
+                _check_bytes(size_of(one), name)
+        asked = tuple(texts_of(one) for one, _ in some if isinstance(one[0], str))
+        backend = self.engine.backend
+
+        async def tokenize() -> tuple[tuple[int, ...], ...]:
+            return await in_deep_thread(lambda: backend.tokenize_inputs(asked), longest(asked))
+
         encoded: tuple[tuple[int, ...], ...] = ()
         if asked:
             with self._losing():
-                async with self._turns.turn(principal):
-                    encoded = await in_deep_thread(
-                        lambda: backend.tokenize_inputs(asked), longest(asked)
-                    )
+                encoded = await self._turns.keep(principal, tokenize)
         rest = iter(encoded)
-        return [
-            next(rest) if isinstance(one[0], str) else tuple(t for t in one if isinstance(t, int))
-            for one, _ in some
-        ]
+        return [next(rest) if isinstance(one[0], str) else ids_of(one) for one, _ in some]
 
     async def compile(self, constraint: Constraint, principal: str = "") -> None:
         """See whether answers can be held to it, when it is this principal's turn. Raises
@@ -244,16 +257,18 @@ class LoadedModel:
         """
         backend = self.engine.backend
         with self._losing():
-            async with self._turns.turn(principal):
-                await in_deep_thread(lambda: backend.compile(constraint), 0)
+            await self._turns.keep(
+                principal, lambda: in_deep_thread(lambda: backend.compile(constraint), 0)
+            )
 
     async def decode(self, tokens: tuple[int, ...], principal: str = "") -> str:
         """The tokens' text, when it is this principal's turn. Raises `InvalidValue`, `QueueFull`."""
         self._check_ids(tokens, "tokens")
         backend = self.engine.backend
         with self._losing():
-            async with self._turns.turn(principal):
-                data = await in_deep_thread(lambda: backend.detokenize(tokens), 0)
+            data = await self._turns.keep(
+                principal, lambda: in_deep_thread(lambda: backend.detokenize(tokens), 0)
+            )
         return bounded(data).decode("utf-8", "replace")
 
     async def render(
@@ -262,8 +277,7 @@ class LoadedModel:
         """A chat as the template writes it, when it is this principal's turn."""
         assert isinstance(messages, tuple)
         with self._losing():
-            async with self._turns.turn(principal):
-                return await self._render(messages, options)
+            return await self._turns.keep(principal, lambda: self._render(messages, options))
 
     @contextlib.contextmanager
     def _losing(self) -> Iterator[None]:
@@ -274,9 +288,7 @@ class LoadedModel:
             self.engine.lose(Failure(error.code, error.message))
             raise
 
-    async def _render(
-        self, prompt: tuple[int, ...] | tuple[Message, ...], options: ChatOptions
-    ) -> str:
+    async def _render(self, prompt: Prompt, options: ChatOptions) -> str:
         messages = tuple(turn for turn in prompt if isinstance(turn, Message))
 
         def render() -> str:

@@ -310,13 +310,14 @@ class ChatTemplate:
         now = dt.datetime.now().astimezone()
         token = spent.set([0])
         try:
+            plain = _all_plain(variables)
             given = {
                 "add_generation_prompt": True,
                 "tools": None,
                 # As llama.cpp gives it: without, Llama 3.1 believes that it is July 2024.
                 "date_string": now.strftime("%d %b %Y"),
                 "datetime": now.strftime("%b %d %Y"),
-                **{name: _plain(value) for name, value in variables.items()},
+                **plain,
                 **self._special,
                 "messages": turns,
             }
@@ -370,13 +371,24 @@ def _all_stand_in(text: str, messages: tuple[Message, ...]) -> bool:
     return True
 
 
+def _all_plain(variables: Mapping[str, object]) -> dict[str, Any]:
+    try:
+        return {charged(name): _plain(value) for name, value in variables.items()}
+    except InvalidValue:
+        raise
+    except _FAILURES as error:
+        raise InvalidValue(f"for the chat template: {str(error)[:200]}", param=VARIABLES) from error
+
+
 def _plain(value: object) -> Any:
     """JSON, copied and paid for: nothing that has methods of its own reaches the template."""
     charged(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict) and all(type(name) is str for name in value):
-        return {charged(name): _plain(item) for name, item in value.items()}
+        return {_plain(name): _plain(item) for name, item in value.items()}
+    if type(value) is str:
+        value.encode()  # half of a surrogate pair could not be tokenized
     if value is None or type(value) in {str, bool, int, float}:
         return value
     raise InvalidValue("a chat template's variables are plain JSON", param=VARIABLES)

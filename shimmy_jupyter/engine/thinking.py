@@ -8,7 +8,7 @@ from typing import NoReturn
 from ..core.reasoning import Switch, find_markers, opens, switches
 from ..errors import InvalidValue, UnsupportedParameter
 from ..types import ChatOptions, Reasoning
-from .template import VARIABLES
+from .template import MAX_TEMPLATE_BYTES, VARIABLES
 
 NO_EFFORT = "none"
 _END = 512
@@ -19,6 +19,8 @@ class Thinking:
     """What a chat template knows of reasoning."""
 
     def __init__(self, template: str) -> None:
+        if len(template.encode()) > MAX_TEMPLATE_BYTES:
+            template = ""  # it is refused as soon as somebody asks for it
         self._markers = find_markers(template)
         self._switch = switches(template) if self._markers is not None else None
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 
 from ..errors import QueueFull
+
+T = TypeVar("T")
 
 _SHARE = 3
 
@@ -30,6 +33,20 @@ class Turns:
             yield
         finally:
             self._give()
+
+    async def keep(self, principal: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What `work` gives, in a turn that lasts as long as that does, even where the caller gives up.
+        For what cannot be stopped: another's turn must not begin beside it.
+        """
+        await self._take(principal)
+        task = asyncio.ensure_future(work())
+        task.add_done_callback(self._kept)
+        return await asyncio.shield(task)
+
+    def _kept(self, task: asyncio.Future[Any]) -> None:
+        if not task.cancelled():
+            task.exception()  # whoever has given up does not look at it
+        self._give()
 
     async def _take(self, principal: str) -> None:
         if not self._taken:

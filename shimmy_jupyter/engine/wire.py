@@ -38,6 +38,8 @@ MAX_REQUEST = 1 << 30
 _ID = 1 << 31  # token ids, slots and positions are the native library's 32-bit integers
 _SIZE = 1 << 53
 _MOST_SLOTS = 1 << 16
+_MOST_NUMBERS = 1 << 20
+"""Of a vector, or tokens of a call that makes some."""
 
 
 # Messages
@@ -103,6 +105,7 @@ def _plain(value: Any) -> Any:
             [one.end_of_generation for one in found],
             [one.failure for one in found],
             [one.scored for one in found],
+            [one.held for one in found],
             value.prompts,
         ]
     if is_dataclass(value):
@@ -146,6 +149,8 @@ def _plain_reader(kind: Any) -> Read:
     def read(value: Any) -> Any:
         if type(value) not in allowed:
             raise WireError(f"{type(value).__name__}, where {kind.__name__} belongs")
+        if kind is str:
+            value.encode()  # half of a surrogate pair could not be sent on
         return value.encode("latin-1") if kind is bytes else value
 
     return read
@@ -244,26 +249,27 @@ def _step(values: list[Any]) -> Step:
     return Step(tuple(rows), adapter)
 
 
+_MOST_SCORED = 64
 _LONGEST_PIECE = 4096
 """Bytes. A stream's bound counts pieces."""
 
 
 def _step_result(values: list[Any]) -> StepResult:
-    _same_length(values, ".........")
+    _same_length(values, "..........")
     seconds, aborted = values[:2]
     if type(seconds) not in {float, int} or type(aborted) is not bool:
         raise WireError("a step's result without its time")
-    if not (math.isfinite(seconds) and 0 <= seconds < _SIZE):
-        raise WireError("a time that none can be")
+    _check_time(seconds)
     slots, tokens = _ids(values[2]), _ids(values[3])
     pieces = [piece.encode("latin-1") for piece in _list(values[4], str)]
     if any(len(piece) > _LONGEST_PIECE for piece in pieces):
         raise WireError("a token's text that none can be")
     ends, failures, scores = _list(values[5], bool), _list(values[6]), _list(values[7])
-    _same_length(slots, tokens, pieces, ends, failures, scores)
+    held = _list(values[8], bool)
+    _same_length(slots, tokens, pieces, ends, failures, scores, held)
     why, scored = _rarely(Failure, failures), _rarely(Scored, scores)
-    found = map(Sampled, slots, tokens, pieces, ends, why, scored)
-    prompts = _reader(tuple[PromptScores, ...])(values[8])
+    found = map(Sampled, slots, tokens, pieces, ends, why, scored, held)
+    prompts = _reader(tuple[PromptScores, ...])(values[9])
     return StepResult(tuple(found), seconds, aborted, prompts)
 
 
@@ -294,16 +300,22 @@ def _scored(values: list[Any]) -> Scored:
     scored: Scored = _record(Scored)(values)
     tokens = [(scored.token, scored.piece, scored.logprob), *scored.top]
     _ids([token for token, _, _ in tokens])
-    if any(len(piece) > _LONGEST_PIECE or not logprob <= 0 for _, piece, logprob in tokens):
+    if len(tokens) > _MOST_SCORED or any(
+        len(piece) > _LONGEST_PIECE or not -math.inf < logprob <= 0 for _, piece, logprob in tokens
+    ):
         raise WireError("a log-probability that none can be")
     return scored
 
 
 def _embedded(values: list[Any]) -> Embedded:
     found: Embedded = _record(Embedded)(values)
-    if not (math.isfinite(found.seconds) and 0 <= found.seconds < _SIZE):
-        raise WireError("a time that none can be")
+    _check_time(found.seconds)
     return found
+
+
+def _check_time(seconds: float) -> None:
+    if not 0 <= seconds < _SIZE:  # not with math: it takes no integer that is too large for a float
+        raise WireError("a time that none can be")
 
 
 def _check_sizes(facts: ModelFacts | EmbeddingFacts) -> None:
@@ -315,8 +327,9 @@ def _check_sizes(facts: ModelFacts | EmbeddingFacts) -> None:
 def _embedding_facts(values: list[Any]) -> EmbeddingFacts:
     facts: EmbeddingFacts = _record(EmbeddingFacts)(values)
     _check_sizes(facts)
-    if min(facts.width, facts.tokens, facts.batch_tokens, facts.sequences) < 1:
-        raise WireError("a size of nothing")
+    sizes = facts.width, facts.tokens, facts.batch_tokens, facts.sequences
+    if min(sizes) < 1 or facts.sequences > _MOST_SLOTS or max(sizes) > _MOST_NUMBERS:
+        raise WireError("a size that none can be")
     return facts
 
 
@@ -326,7 +339,7 @@ def _facts(values: list[Any]) -> ModelFacts:
     _check_sizes(facts)
     if min(facts.kv_bytes_per_token, facts.threads, facts.slots, facts.context_size) < 1:
         raise WireError("a size of nothing")
-    if facts.vocabulary >= _ID or facts.slots > _MOST_SLOTS:
+    if facts.vocabulary >= _ID or facts.slots > _MOST_SLOTS or len(facts.infill) not in {0, 3}:
         raise WireError("a vocabulary or slots that none can be")
     return facts
 

@@ -139,7 +139,7 @@ class Engine:
         return stream
 
     def lose(self, failure: Failure) -> None:
-        """The backend was found to be lost by somebody else than its own thread."""
+        """Somebody else than its own thread has found the backend to be lost."""
         with self._gate:
             self.failure = self.failure or failure
         self._inbox.put(m.Halted(failure))
@@ -154,8 +154,8 @@ class Engine:
         self._abandon(id)
 
     async def errand(self, work: Callable[[], T]) -> T:
-        """What `work` returns or raises, on the engine's thread between two steps, where the backend
-        may be used. One errand a step: keep it as short as a step. Raises what ended the engine.
+        """What `work` returns or raises, on the engine's thread between two steps. One errand a step:
+        keep it as short as a step. Raises what ended the engine.
         """
         errand = Errand(work)
         with self._gate:
@@ -238,7 +238,7 @@ class Engine:
             # A recurrent state has a size of its own, whatever it has seen.
             saved_tokens=sharing.saved_bytes // facts.kv_bytes_per_token if facts.can_trim else 0,
             weights=sharing.weights,
-            lookup=self.spec.prompt_lookup,
+            lookup=self.spec.prompt_lookup and facts.can_copy,  # else an answer is always the same
         )
         self.scheduler = Scheduler(capacity, guess=2 * max(facts.parameters, 1) / _FLOPS)
         self.governor = Governor(facts.threads, fixed=self.spec.threads > 0)
@@ -352,19 +352,19 @@ class Engine:
         """Tell everybody. Native slots are left to `unload`: what failed may have been one."""
         with self._gate:
             self.failure = failure
+        left = list(self._events(wait=False))
+        self._errands.add(*(event for event in left if isinstance(event, Errand)))
+        gone = failure.code == EngineLost.code
+        self._errands.give_up(EngineLost(failure.message) if gone else from_failure(failure))
         try:
-            for event in [m.Halted(failure), *self._events(wait=False)]:
-                if isinstance(event, Errand):
-                    self._errands.add(event)
-                    continue
-                for instruction in self.scheduler.handle(event, self._clock()):
-                    if isinstance(instruction, m.Emit | m.Finish):
-                        self._send(instruction)
+            for event in [m.Halted(failure), *left]:
+                if not isinstance(event, Errand):
+                    for instruction in self.scheduler.handle(event, self._clock()):
+                        if isinstance(instruction, m.Emit | m.Finish):
+                            self._send(instruction)
         except Exception:
             # It may be the scheduler that failed.
             log.exception("the engine's end failed too")
-        gone = failure.code == EngineLost.code
-        self._errands.give_up(EngineLost(failure.message) if gone else from_failure(failure))
         # Those whose last word was lost with the failure.
         nothing = Timings(0.0, None, None)
         for id in list(self._streams):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..engine.model import MOST_INPUT_TOKENS
 from ..errors import InvalidValue
 from ..service import Vectors
 from ..types import EmbeddingInput, EmbeddingRequest, Principal
@@ -54,15 +55,17 @@ def parse_embeddings(body: bytes, request_id: str, principal: Principal) -> Pars
     """Raises `InvalidValue`, naming the field."""
     asked = validated(_Embeddings, body)
     inputs, names = _inputs(asked.input)
-    request = EmbeddingRequest(request_id, principal, asked.model, inputs, names)
+    request = EmbeddingRequest(
+        request_id, principal, asked.model, inputs, names, dimensions=asked.dimensions
+    )
 
     def answer(found: Vectors) -> bytes:
-        vectors = [_shortened(vector, asked.dimensions) for vector in found.vectors]
         write = _as_base64 if asked.encoding_format == "base64" else _as_numbers
         # By hand, as a vector is written already.
         data = ",".join(
-            f'{{"object":"embedding","index":{i},"embedding":{write(vector)}}}'
-            for i, vector in enumerate(vectors)
+            f'{{"object":"embedding","index":{i},"embedding":'
+            f"{write(_shortened(_numbers(vector), asked.dimensions))}}}"
+            for i, vector in enumerate(found.vectors)
         )
         rest = json.dumps({"model": asked.model, "usage": _usage(found)})
         return f'{{"object":"list","data":[{data}],{rest[1:]}'.encode()
@@ -84,7 +87,7 @@ def parse_rerank(body: bytes, request_id: str, principal: Principal) -> Parsed:
     )
 
     def answer(found: Vectors) -> bytes:
-        scores = [vector[0] for vector in found.vectors]
+        scores = [_numbers(vector)[0] for vector in found.vectors]
         best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: asked.top_n]
         results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in best]
         if asked.return_documents:
@@ -106,6 +109,9 @@ def _inputs(value: Any) -> tuple[tuple[EmbeddingInput, ...], tuple[str, ...]]:
         raise InvalidValue("a text, a list of token ids, or a list of these", param="input")
     if len(values) > MOST_INPUTS:
         raise InvalidValue(f"{len(values)} inputs; at most {MOST_INPUTS} at once", param="input")
+    total = sum(len(value) for value in values if isinstance(value, list))
+    if total > MOST_INPUT_TOKENS:
+        raise InvalidValue(f"{total} tokens; at most {MOST_INPUT_TOKENS} at once", param="input")
     names = ("input",) if single else tuple(f"input.{i}" for i in range(len(values)))
     return tuple(_input(one, name) for one, name in zip(values, names, strict=True)), names
 
@@ -122,14 +128,16 @@ def _input(value: Any, name: str) -> EmbeddingInput:
     return (found,) if isinstance(found, str) else tuple(t for t in found if isinstance(t, int))
 
 
+def _numbers(vector: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(vector) // 4}f", vector)
+
+
 def _shortened(vector: tuple[float, ...], dimensions: int | None) -> tuple[float, ...]:
     """The first so many numbers, at length 1 again: what models trained for it expect (Kusupati et al.,
     "Matryoshka Representation Learning", 2022).
     """
     if dimensions is None:
         return vector
-    if dimensions > len(vector):
-        raise InvalidValue(f"this model's vectors have {len(vector)} numbers", param="dimensions")
     first = vector[:dimensions]
     length = math.hypot(*first)
     return tuple(value / length for value in first) if length else first

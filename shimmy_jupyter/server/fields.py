@@ -36,7 +36,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Beside null. Several become features later; until then they are refused, not ignored."""
 _MOST_FIELDS = 200
-_MOST_BIASES = 1024
+_MOST_KEYS = {"logit_bias": 1024, "chat_template_kwargs": 32}
 _FIELDS = tuple(
     "content description include_usage json_schema name role schema strict text type value".split()
 )
@@ -85,10 +85,11 @@ def validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
     data = _json(body) if isinstance(body, bytes) else body
     if len(data) > _MOST_FIELDS:
         raise InvalidValue(f"the body has {len(data)} fields; {_MOST_FIELDS} are the most")
-    bias = data.get("logit_bias")
-    if isinstance(bias, dict) and len(bias) > _MOST_BIASES:
-        # Here, as pydantic looks at all of them before it counts.
-        raise InvalidValue(f"at most {_MOST_BIASES} tokens", param="logit_bias")
+    for name, most in _MOST_KEYS.items():
+        given = data.get(name)
+        if isinstance(given, dict) and len(given) > most:
+            # Here, as pydantic looks at all of them before it counts.
+            raise InvalidValue(f"at most {most} of them", param=name)
     try:
         return kind.model_validate(data)
     except ValidationError as error:

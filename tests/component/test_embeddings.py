@@ -1,8 +1,9 @@
 """Embeddings and reranking over HTTP, with a scripted backend.
 
 Cases: a text, tokens, lists of either; base64; fewer dimensions; many, in several calls; each bad field
-named; too long, by how many; a model that makes none, one that ranks, one that cannot generate; ranks,
-the best first; a client that goes away; users take turns; an engine that ended; a vector that is none.
+named; too long, by how many; too much in all; a model that makes none, one that ranks, one that cannot
+generate; ranks, the best first; beside a stream; users take turns; an engine that ended, before and amid it;
+a vector that is none.
 """
 
 from __future__ import annotations
@@ -183,9 +184,25 @@ async def test_beside_a_stream(server: Any, jp_fetch: Any, fakes: Fakes) -> None
     assert text == "a" * 20
 
 
-async def test_an_engine_that_ended_computes_it_again(
+async def test_an_engine_that_ended_unnoticed_is_loaded_again(
     server: Any, jp_fetch: Any, fakes: Fakes, monkeypatch: Any
 ) -> None:
+    assert (await post(jp_fetch, *EMBEDDINGS, input="x"))["data"]
+    tokenize, calls = FakeBackend.tokenize_inputs, [0]
+
+    def fails_once(self: FakeBackend, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise EngineLost("gone")
+        return tokenize(self, *args)
+
+    monkeypatch.setattr(FakeBackend, "tokenize_inputs", fails_once)
+    answer = await post(jp_fetch, *EMBEDDINGS, input=["x"] * 12)
+    assert len(answer["data"]) == 12
+    assert len(fakes.models) == 2
+
+
+async def test_an_engine_that_ends_amid_it(server: Any, jp_fetch: Any, monkeypatch: Any) -> None:
     embed, calls = FakeBackend.embed, [0]
 
     def fails_once(self: FakeBackend, *args: Any) -> Embedded:
@@ -195,9 +212,50 @@ async def test_an_engine_that_ended_computes_it_again(
         return embed(self, *args)
 
     monkeypatch.setattr(FakeBackend, "embed", fails_once)
-    answer = await post(jp_fetch, *EMBEDDINGS, input=["x"] * 12)
-    assert len(answer["data"]) == 12
-    assert len(fakes.models) == 2
+    body = json.dumps({"model": MODEL, "input": ["x"] * 12})
+    status, error = await refused(jp_fetch, *EMBEDDINGS, body=body)
+    assert (status, error["code"]) == (503, "engine_crashed")
+    assert len((await post(jp_fetch, *EMBEDDINGS, input=["x"] * 12))["data"]) == 12
+
+
+async def test_one_user_s_many_inputs_do_not_keep_another_waiting(
+    server: Any, jp_fetch: Any, fakes: Fakes
+) -> None:
+    divisible = EmbeddingFacts("last", 4, 64, 8, 4, divisible=True)
+    gate = threading.Semaphore(0)
+    fakes.make = lambda: FakeBackend(embedding=divisible, gate=gate)
+    many = asyncio.ensure_future(post(jp_fetch, *EMBEDDINGS, input=["x" * 63, "y" * 9] * 8))
+    await until(lambda: bool(fakes.models) and fakes.models[0].active == 1)
+    one = asyncio.ensure_future(fakes.models[0].embedder.vectors(((7,),), "other"))  # type: ignore[union-attr]
+    # The first one's long input, and then the other's turn.
+    for _ in range(12):
+        gate.release()
+    assert (await one)[0].startswith(struct.pack("<2f", 1, 7))
+    assert not many.done()
+    for _ in range(200):
+        gate.release()
+    assert len((await many)["data"]) == 16
+
+
+@pytest.mark.parametrize(
+    "given", [[[5] * 4096] * 65, [5] * 262_145], ids=["many lists", "one long list"]
+)
+async def test_more_tokens_than_one_request_may_have(
+    server: Any, jp_fetch: Any, given: Any
+) -> None:
+    body = json.dumps({"model": MODEL, "input": given})
+    status, error = await refused(jp_fetch, *EMBEDDINGS, body=body)
+    assert (status, error["param"]) == (400, "input")
+
+
+async def test_a_query_is_not_multiplied_without_bound(
+    server: Any, jp_fetch: Any, fakes: Fakes
+) -> None:
+    fakes.make = lambda: FakeBackend(embedding=RANKS)
+    body = json.dumps({"model": MODEL, "query": "!" * 1_000_000, "documents": ["d"] * 2048})
+    status, error = await refused(jp_fetch, *RERANK, body=body)
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert error["param"] == "documents.0"
 
 
 @pytest.mark.parametrize("vector", [b"\x00" * 12, struct.pack("<4f", 1, 2, 3, float("nan"))])
@@ -221,8 +279,9 @@ async def test_a_model_that_cannot_generate(
         return replace(load(self, spec), can_generate=False)
 
     monkeypatch.setattr(FakeBackend, "load", embeds_only)
-    status, error = await refused(jp_fetch, *CHAT, body=chat())
-    assert (status, error["code"], error["param"]) == (400, "unsupported_parameter", "model")
+    for fields in ({}, {"response_format": {"type": "json_object"}}):
+        status, error = await refused(jp_fetch, *CHAT, body=chat(**fields))
+        assert (status, error["code"], error["param"]) == (400, "unsupported_parameter", "model")
     assert (await post(jp_fetch, *EMBEDDINGS, input="a"))["data"]
     await until(lambda: fakes.models[0].active == 0)
 

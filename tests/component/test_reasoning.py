@@ -118,6 +118,17 @@ async def test_the_template_s_own_variables(server: Any, jp_fetch: Any) -> None:
         ({"reasoning_effort": ""}, "invalid_value", "reasoning_effort"),
         ({"thinking": True, "reasoning_effort": "none"}, "invalid_value", "reasoning_effort"),
         ({"chat_template_kwargs": {"messages": []}}, "invalid_value", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tone": "\ud800"}}, "invalid_value", "chat_template_kwargs"),
+        (
+            {"chat_template_kwargs": {"tone": [{"\udfff": 1}]}},
+            "invalid_value",
+            "chat_template_kwargs",
+        ),
+        (
+            {"chat_template_kwargs": {str(i): i for i in range(33)}},
+            "invalid_value",
+            "chat_template_kwargs",
+        ),
         ({"chat_template_kwargs": [1]}, "invalid_value", "chat_template_kwargs"),
         (
             {"thinking": True, "chat_template_kwargs": {"enable_thinking": False}},

@@ -131,6 +131,24 @@ async def test_a_constraint_after_it(tmp_path: Path, script: Sequence[str]) -> N
                 assert text == ""
 
 
+@pytest.mark.parametrize(
+    ("script", "source", "expected"),
+    [
+        (THOUGHTFUL, " (yes|no)", (" yes", " no")),
+        (THOUGHTFUL, "\n\n(yes|no)\n", ("\n\nyes\n", "\n\nno\n")),
+        (("Hello",), "<think>x</think>", ("<think>x</think>",)),
+    ],
+)
+async def test_a_constrained_answer_is_shown_whole(
+    tmp_path: Path, script: Sequence[str], source: str, expected: Sequence[str]
+) -> None:
+    async with loaded(chain(tmp_path, script)) as model:
+        sampling = replace(GREEDY, constraint=Constraint("regex", source))
+        reasoning, text, ended = await say(model, sampling)
+        assert (text in expected, ended.reason) == (True, FinishReason.STOP)
+        assert reasoning == ("whyever" if len(script) > 1 else "")
+
+
 async def test_an_end_amid_the_reasoning(tmp_path: Path) -> None:
     async with loaded(chain(tmp_path, THOUGHTFUL[:3])) as model:
         reasoning, text, ended = await say(model)

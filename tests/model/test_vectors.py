@@ -18,8 +18,8 @@ import pytest
 import random_gguf
 
 from shimmy_jupyter.engine.model import LoadedModel
-from shimmy_jupyter.errors import ContextLengthExceeded, InvalidValue
-from shimmy_jupyter.types import EmbeddingInput
+from shimmy_jupyter.errors import ContextLengthExceeded, InvalidValue, UnsupportedParameter
+from shimmy_jupyter.types import Constraint, EmbeddingInput
 
 from .bert_reference import Array, Bert
 from .conftest import ask, loaded, self_test_path
@@ -32,7 +32,8 @@ async def vectors(model: LoadedModel, inputs: Sequence[EmbeddingInput], who: str
     names = tuple(f"input.{i}" for i in range(len(inputs)))
     tokens = await model.encode_inputs(tuple(inputs), names, who)
     assert model.embedder is not None
-    return np.array(await model.embedder.vectors(tokens, who))
+    found = await model.embedder.vectors(tokens, who)
+    return np.stack([np.frombuffer(row, dtype="<f4") for row in found])
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,13 @@ class TestMiniLM:
             queries = await vectors(model, [(text,) for text in TEXTS[:10]])
             passages = await vectors(model, [(text,) for text in TEXTS[10:20]])
         assert (queries @ passages.T).argmax(axis=1).tolist() == list(range(10))
+
+    async def test_long_texts_of_few_tokens_are_counted(self, minilm: Path) -> None:
+        async with loaded(minilm) as model:
+            assert len(await model.encode("photosynthesis " * 92)) < 300
+            with pytest.raises(ContextLengthExceeded, match="embeds at most 512"):
+                await vectors(model, [("!!! " * 200_000,)] * 4)
+            assert (await vectors(model, [("still there",)])).shape == (1, 384)
 
     async def test_hangul_is_taken_apart_as_it_was_in_training(self, minilm: Path) -> None:
         assert FOLDER is not None
@@ -143,6 +151,8 @@ async def test_a_reranker(tmp_path: Path) -> None:
 async def test_a_model_that_only_embeds(tmp_path: Path) -> None:
     path = random_gguf.write(tmp_path / "mean.gguf", causal=False)
     async with loaded(path) as model:
+        with pytest.raises(UnsupportedParameter):
+            await model.compile(Constraint("json_object"))
         assert not model.facts.can_generate
         assert model.facts.embedding is not None
         assert model.facts.embedding.pooling == "mean"

@@ -106,3 +106,12 @@ def test_a_marker_that_cannot_be_written() -> None:
     assert it.choice() == Choice()
     it.accept(5, b"x", constrained=True)
     assert it.open
+
+
+def test_half_a_character_amid_the_end_marker() -> None:
+    it = gate(Markers("◁think▷", "◁/think▷"), inside=True)
+    it.accept(1, "why◁/think".encode() + b"\xe2\x96", constrained=False)
+    assert it.overshoots(b"\xb7Hello")
+    assert not it.overshoots(b"\xb7")
+    it.accept(2, b"\xb7", constrained=False)
+    assert it.choice() == Choice(extra=BLANK)

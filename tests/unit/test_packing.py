@@ -34,10 +34,12 @@ def test_no_more_than_there_are_slots() -> None:
 
 def test_one_over_many_calls() -> None:
     packing = Packing([(1,), (2, 3, 4, 5), (6,)], batch_tokens=3, sequences=2, divisible=True)
-    assert packing.next(3) == (Row(0, 0, (1,), True), Row(1, 0, (2, 3), False))
+    # A part is first in its call: with its end a turn may end, too.
+    assert packing.next(3) == (Row(0, 0, (1,), True),)
+    assert packing.whole
+    assert packing.next(3) == (Row(0, 0, (2, 3, 4), False),)
     assert not packing.whole
-    assert packing.next(1) == (Row(1, 2, (4,), False),)
-    assert packing.next(9) == (Row(1, 3, (5,), True), Row(0, 0, (6,), True))
+    assert packing.next(9) == (Row(0, 3, (5,), True), Row(1, 0, (6,), True))
     assert packing.whole
     assert packing.next(9) == ()
 

@@ -253,7 +253,9 @@ def test_switches_are_found(template: str, expected: Switch | None) -> None:
     assert switches(template) == expected
 
 
-@pytest.mark.parametrize("template", ["{{ 'a", "{# x", "{%", "{{ ' x }}" * 20_000, "'{" * 999])
+@pytest.mark.parametrize(
+    "template", ["{{ 'a", "{# x", "{%", "{{ ' x }}" * 20_000, "'{" * 999, "{{ a '" + "\\'" * 30_000]
+)
 def test_broken_templates_are_survived(template: str) -> None:
     assert switches(template) is None
 

@@ -96,3 +96,19 @@ def test_what_is_held_back_comes_at_the_end() -> None:
     assembler = TextAssembler(("END",), Reasoning(THINK))
     assert assembler.push(b"aEN") == [(False, "a")]
     assert assembler.finish() == [(False, "EN")]
+
+
+def test_what_a_constraint_holds_is_shown_as_it_is() -> None:
+    assembler = TextAssembler((), Reasoning(THINK, inside=True))
+    pushed = [assembler.push(b"why</think>"), assembler.push(b"\n")]
+    pushed += [assembler.push(piece, as_is=True) for piece in (b" yes", b"<think>", b"</think> ")]
+    assert pushed == [
+        [(True, "why"), (True, "")],
+        [],
+        [(False, " yes")],
+        [(False, "<think>")],
+        [(False, "</think> ")],
+    ]
+    assembler = TextAssembler((), Reasoning(THINK))
+    assert assembler.push(b"<think>x</think>", as_is=True) == [(False, "<think>x</think>")]
+    assert not assembler.thinking

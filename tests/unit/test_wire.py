@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shimmy_jupyter import errors
-from shimmy_jupyter.core.messages import OpenSlot, Row, Sampled, SlotChange, Step
+from shimmy_jupyter.core.messages import OpenSlot, PromptScores, Row, Sampled, SlotChange, Step
 from shimmy_jupyter.engine import calls, wire
-from shimmy_jupyter.engine.backend import LoadSpec, StepResult
+from shimmy_jupyter.engine.backend import Embedded, LoadSpec, StepResult
 from shimmy_jupyter.engine.channel import Channel, Frames, WireError
-from shimmy_jupyter.types import Failure, ModelFacts, Sampling
+from shimmy_jupyter.types import EmbeddingFacts, Failure, ModelFacts, Sampling, Scored
 
 ids = st.integers(-(2**31), 2**31 - 1)
 sizes = st.integers(0, 2**53 - 1)
@@ -137,11 +137,47 @@ def test_errors_come_back(cls: type[errors.ShimmyError]) -> None:
 
 def test_every_byte_and_odd_float_survives() -> None:
     piece = bytes(range(256))
-    result = StepResult((Sampled(1, 2, piece, True, Failure("a", "\ud800")),), 0)
+    result = StepResult((Sampled(1, 2, piece, True, Failure("a", "\x00\uffff")),), 0)
     assert wire.reply(payload(result), StepResult) == result
     sampling = Sampling(temperature=math.inf, top_p=0, logit_bias=((1, -math.inf), (2, -0.0)))
     work = calls.Work(1, (OpenSlot(0, sampling, ()),))
     assert same(wire.work_request(payload(work)), work)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (StepResult((Sampled(1, 2, b"", True, Failure("a", "\ud800")),), 0), StepResult),
+        (ModelFacts("\udfff", "", 0, 0, 1, 0, 0, None), ModelFacts),
+        (ModelFacts("", "", 0, 0, 1, 0, 0, None, infill=("a", "b")), ModelFacts),
+        (
+            ModelFacts(
+                "", "", 0, 0, 1, 0, 0, None, embedding=EmbeddingFacts("mean", 4, 4, 4, 2**52)
+            ),
+            ModelFacts,
+        ),
+        (
+            ModelFacts("", "", 0, 0, 1, 0, 0, None, embedding=EmbeddingFacts("mean", 0, 4, 4, 4)),
+            ModelFacts,
+        ),
+        (Embedded((), 10**400), Embedded),
+        (Embedded((), math.nan), Embedded),
+        (StepResult((), 10**400), StepResult),
+        (
+            StepResult((), 0, prompts=(PromptScores(0, (Scored(1, b"", -math.inf),)),)),
+            StepResult,
+        ),
+        (
+            StepResult(
+                (), 0, prompts=(PromptScores(0, (Scored(1, b"", 0, ((1, b"", 0),) * 99),)),)
+            ),
+            StepResult,
+        ),
+    ],
+)
+def test_what_could_do_harm_later(message: Any, kind: Any) -> None:
+    with pytest.raises(WireError):
+        wire.reply(payload(message), kind)
 
 
 def understood(data: bytes) -> list[Any]:

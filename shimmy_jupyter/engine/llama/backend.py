@@ -16,11 +16,12 @@ from typing import Any
 
 from ...core.messages import CloseSlot, OpenSlot, Row, SlotChange, Step
 from ...core.planning import PRIVATE_SLICE
-from ...errors import EngineCrashed, EngineLost, ModelLoadFailed
+from ...errors import EngineCrashed, EngineLost, ModelLoadFailed, UnsupportedParameter
 from ...types import Constraint, EmbeddingFacts, ModelFacts
 from .. import processors
 from ..alarm import Alarm
 from ..backend import Embedded, LoadSpec, StepResult
+from ..deep import MAX_TEXT_BYTES
 from . import facts, offload
 from .binding import give_back_memory, initialise, listen, native, quick, why
 from .constraints import Constraints
@@ -144,7 +145,10 @@ class LlamaBackend:
         wrong = self._embedding_context().works()
         if wrong is not None:
             raise ModelLoadFailed(wrong)
-        return replace(self._facts(layers), can_generate=False, slots=1)
+        # A word that is not in the vocabulary is one token, however long.
+        return replace(
+            self._facts(layers), can_generate=False, slots=1, longest_token=MAX_TEXT_BYTES
+        )
 
     def _facts(self, layers: int) -> ModelFacts:
         model = self._model
@@ -265,8 +269,10 @@ class LlamaBackend:
 
     def compile(self, constraint: Constraint) -> None:
         with self._in_use:
-            if self._constraints is None:
+            if not self._model:
                 raise EngineLost("the model has been unloaded")
+            if self._constraints is None:
+                raise UnsupportedParameter("this model makes embeddings only", param="model")
             self._constraints.compile(constraint)
 
     def check(self) -> None:

@@ -27,10 +27,15 @@ def metadata(model: Any) -> dict[str, str]:
     return found
 
 
+_BOTH_WAYS = frozenset("gemma-embedding llama-embed dream llada llada-moe rnd1".split())
+"""Architectures that llama.cpp computes so whatever their file says, or does not."""
+
+
 def is_causal(model: Any) -> bool:
     """Whether a token sees only those before it; BERT and its like see all."""
     values = metadata(model)
-    return values.get(f"{values.get('general.architecture', '')}.attention.causal") != "false"
+    arch = values.get("general.architecture", "")
+    return arch not in _BOTH_WAYS and values.get(f"{arch}.attention.causal") != "false"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +108,15 @@ class Vocabulary:
     def plain(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """The text's own tokens: nothing is added, and nothing in it is special by default."""
         data = text.encode()
-        tokens = _tokens(len(data) + 2)
-        count = native.llama_tokenize(
-            self.handle, data, len(data), tokens, len(tokens), False, special
-        )
-        return tuple(tokens[: max(0, count)])
+        room = len(data) + 2
+        while True:
+            tokens = _tokens(room)
+            count = native.llama_tokenize(
+                self.handle, data, len(data), tokens, len(tokens), False, special
+            )
+            if count >= 0:
+                return tuple(tokens[:count])
+            room = -count  # one character may become many
 
     def closed(self, parts: tuple[str, ...]) -> tuple[int, ...]:
         """A text, or two to be compared, as the model was taught to have them as a whole: with the

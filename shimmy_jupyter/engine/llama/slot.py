@@ -42,6 +42,8 @@ class SlotSampler:
         self._sampling = sampling
         self._chain = sampler_chain(sampling, vocabulary.size)
         self._generated = 0
+        self._bound = False
+        """Whether the last token was the constraint's."""
         self._failure = matcher if isinstance(matcher, Failure) else None
         self.matcher = None if isinstance(matcher, Failure) else matcher
         self._plain = not (
@@ -87,7 +89,7 @@ class SlotSampler:
         if token in self._marking:
             piece = self._vocabulary.text(token)
         scored = scores.of(token, logits[token]) if scores is not None and not end else None
-        return Sampled(slot, token, piece, end, None, scored)
+        return Sampled(slot, token, piece, end, None, scored, self._bound)
 
     def score(self, logits: Any, token: int) -> Scored:
         """A token of the prompt, by the logits of the one before it."""
@@ -115,6 +117,7 @@ class SlotSampler:
             return self._gated(self._gate, context, index, row)
         if self.matcher is None:
             return self._chosen(context, index, row)
+        self._bound = True
         self.matcher.apply(row)
         token = self.matcher.failed() or self._chosen(context, index, row)
         return token if isinstance(token, Failure) else self.matcher.accept(token) or token
@@ -130,6 +133,7 @@ class SlotSampler:
         if isinstance(token, Failure):
             return token
         constrained = extra is not None and token not in extra
+        self._bound = constrained
         gate.accept(token, self._piece(token), constrained=constrained)
         return (self.matcher.accept(token) if constrained else None) or token
 
