@@ -38,11 +38,11 @@ async def test_fewer_steps(tmp_path: Path) -> None:
 
 
 async def answers(model: LoadedModel, sampling: Sampling) -> list[list[Scored]]:
-    """Each one's tokens, with the two likeliest at their places."""
+    """Each one's tokens, with the likeliest at their places."""
     found = []
     for seed in range(12):
         prompt = tuple((t + seed) % 250 for t in COPY)
-        one = replace(sampling, seed=seed, logprobs=2, ignore_eos=True)
+        one = replace(sampling, seed=seed, logprobs=5, ignore_eos=True)
         scored: list[Scored] = []
         async with model.submit("p", prompt, 60, one, ()) as stream:
             while pieces := await stream.read():
@@ -84,8 +84,9 @@ async def test_nearly_the_same_in_a_cache_that_is_shared(which: str, random_mode
     for one, other in zip(*found, strict=True):
         for a, b in zip(one, other, strict=True):
             if a.token != b.token:
-                (_, _, best), (_, _, second) = a.top
-                assert best - second < LEVEL
+                # As either saw them; the likeliest may be an end, which is never chosen here.
+                seen = [{token: logprob for token, _, logprob in s.top} for s in (a, b)]
+                assert min(abs(s[a.token] - s[b.token]) for s in seen) < LEVEL
                 break
 
 
