@@ -78,8 +78,11 @@ class Planner:
         running = [s for s in self._line.room.running.values() if s.adapter == adapter]
         ready = [s for s in running if s.state is State.DECODE]
         reading = sum(s.state is State.PREFILL for s in running)
+        most = self._capacity.batch_tokens - len(ready)
         room = self._pace.prompt_tokens(len(ready), reading + self._line.could_begin())
-        binds = room < self._capacity.batch_tokens - len(ready)
+        if not self._capacity.can_copy:
+            room = most  # how a prompt is cut changes sums, and is not to depend on others here
+        binds = room < most
         if ready and not binds and self._last_was_prompt:
             prompts: list[m.Row] = []
         else:
