@@ -19,6 +19,7 @@ import pytest
 import random_gguf
 
 from shimmy_jupyter.engine.backend import LoadSpec
+from shimmy_jupyter.engine.llama import facts
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import InvalidValue, ModelLoadFailed, ShuttingDown
 from shimmy_jupyter.models.catalog import discover
@@ -197,6 +198,19 @@ class TestPrompts:
             with pytest.raises(InvalidValue, match="chat template"):
                 await model.encode((Message("user", "hi"),))
             assert (await ask(model, (65,), 3))[1].usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "causal"),
+    [
+        ({"general.architecture": "llama"}, True),
+        ({"general.architecture": "llama", "llama.attention.causal": "false"}, False),
+        ({"general.architecture": "gemma-embedding"}, False),  # whose files do not say so
+    ],
+)
+def test_which_models_see_both_ways(monkeypatch: Any, values: dict[str, str], causal: bool) -> None:
+    monkeypatch.setattr(facts, "metadata", lambda _: values)
+    assert facts.is_causal(None) is causal
 
 
 class TestLoading:

@@ -102,3 +102,30 @@ async def test_whoever_gives_up_just_when_it_is_their_turn_is_passed_over(gone: 
     assert all(tasks[name].cancelled() for name in gone)
     await scene.finish(scene.start("c1"))
     assert scene.order[-1] == "c1"
+
+
+async def test_a_turn_is_kept_until_its_work_is_done_whoever_gives_up() -> None:
+    turns, order = Turns(8), list[str]()
+    done = asyncio.Event()
+
+    async def slow() -> None:
+        order.append("begun")
+        await done.wait()
+        order.append("done")
+        raise ValueError("nobody is there to see it")
+
+    async def quick() -> str:
+        order.append("next")
+        return "answer"
+
+    first = asyncio.create_task(turns.keep("a", slow))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    second = asyncio.create_task(turns.keep("b", quick))
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert order == ["begun"]
+    done.set()
+    assert await second == "answer"
+    assert order == ["begun", "done", "next"]
