@@ -238,7 +238,7 @@ class Engine:
             # A recurrent state has a size of its own, whatever it has seen.
             saved_tokens=sharing.saved_bytes // facts.kv_bytes_per_token if facts.can_trim else 0,
             weights=sharing.weights,
-            lookup=self.spec.prompt_lookup and facts.can_copy,  # else an answer is always the same
+            lookup=self.spec.prompt_lookup and facts.can_copy,  # guesses change sums
         )
         self.scheduler = Scheduler(capacity, guess=2 * max(facts.parameters, 1) / _FLOPS)
         self.governor = Governor(facts.threads, fixed=self.spec.threads > 0)

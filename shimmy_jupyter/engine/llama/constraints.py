@@ -82,6 +82,9 @@ class Constraints:
 
         vocabulary = self.vocabulary
         pieces = [vocabulary.piece(token)[0] for token in range(vocabulary.size)]
+        _ = (
+            vocabulary.blank
+        )  # here, for where a sequence begins others wait while all tokens are looked at
         return Tables(pieces, vocabulary.marked, vocabulary.ends, vocabulary.plain)
 
 
