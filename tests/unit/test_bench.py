@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from shimmy_jupyter import bench
-from shimmy_jupyter.cli import main, report
+from shimmy_jupyter.cli import main
+from shimmy_jupyter.cli.measure import report
 from shimmy_jupyter.errors import EngineCrashed, InvalidValue, ModelNotFound
 
 
@@ -168,7 +169,7 @@ class TestOptions:
         assert len(said.stderr.splitlines()) == 1
 
     def test_no_matplotlib(self, monkeypatch: Any, tmp_path: Path) -> None:
-        monkeypatch.setattr("shimmy_jupyter.cli.find_spec", lambda name: None)
+        monkeypatch.setattr("shimmy_jupyter.cli.measure.find_spec", lambda name: None)
         said = run("--plot", str(tmp_path / "x.svg"))
         assert said.exit_code == 2
         assert "pip install matplotlib" in said.stderr

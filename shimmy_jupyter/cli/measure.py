@@ -1,4 +1,4 @@
-"""`shimmy`: the engine from a terminal."""
+"""`shimmy bench`, and what it prints."""
 
 from __future__ import annotations
 
@@ -7,84 +7,19 @@ import dataclasses
 import importlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import click
 from traitlets import TraitError
 
-from . import __version__
-from .errors import InvalidValue, ModelNotFound, ShimmyError
-from .notebook.client import events
-from .notebook.display import clean
+from ..errors import InvalidValue, ModelNotFound, ShimmyError
+from .local import Progress
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _AT_LEAST_2 = click.IntRange(min=2)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="shimmy")
-def main() -> None:
-    """A local language model, the one that your Jupyter server would run."""
-
-
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def models(*, as_json: bool) -> None:
-    """List the models that this machine offers."""
-    with _Local() as local:
-        found = local.get("shimmy/v1/models")["data"]
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-        return
-    width = max(len(model["id"]) for model in found)
-    for model in found:
-        size = model["shimmy"]["size_bytes"] / (1 << 20)
-        click.echo(f"{model['id']:<{width}}  {size:9.1f} MB  {model['owned_by']}")
-
-
-@main.command()
-@click.argument("prompt")
-@click.option(
-    "--model", default="self-test", show_default=True, help="A name from `shimmy models`."
-)
-@click.option("--system", help="A system message in front of the prompt.")
-@click.option("--max-tokens", type=click.IntRange(min=0), help="Most tokens to generate.")
-@click.option(
-    "--temperature", type=click.FloatRange(0, 2), help="0 is greedy. Default: the engine's."
-)
-@click.option("--seed", type=int, help="For the same answer to the same question.")
-@click.option("--stats", is_flag=True, help="Print tokens, tokens/s and time to first token.")
-def generate(prompt: str, *, stats: bool, system: str | None, **options: Any) -> None:
-    """Answer PROMPT; "-" reads it from standard input."""
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise click.UsageError("the prompt is empty")
-    messages = [{"role": "system", "content": system}] if system else []
-    body = {name: value for name, value in options.items() if value is not None}
-    if "seed" in body:
-        body["reproducible"] = True
-    body |= {
-        "messages": [*messages, {"role": "user", "content": text}],
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    last: dict[str, Any] = {}
-    with _Local() as local, local.stream("shimmy/v1/chat/completions", body) as chunks:
-        for item in events(chunks):
-            for choice in item["choices"]:
-                thought = clean(choice["delta"].get("reasoning_content", ""))
-                if thought:
-                    click.echo(thought, nl=False, err=True)
-                click.echo(clean(choice["delta"].get("content", "")), nl=False)
-            last = item
-    click.echo()
-    if stats:
-        click.echo(json.dumps(last["usage"] | last["shimmy"]), err=True)
 
 
 class _Terse(click.Command):
@@ -106,7 +41,7 @@ class _Terse(click.Command):
 
 
 def _clients(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
-    from .bench import parse_clients
+    from ..bench import parse_clients
 
     try:
         return parse_clients(text)
@@ -128,7 +63,7 @@ def _target(_context: click.Context, option: click.Parameter, path: Path | None)
     return path
 
 
-@main.command(cls=_Terse)
+@click.command(cls=_Terse)
 @click.argument("model", required=False)
 @click.option("--clients", default="1,2,4,8", show_default=True, callback=_clients, help="At once.")
 @click.option("--tokens", type=_AT_LEAST_2, default=64, show_default=True, help="Of an answer.")
@@ -143,10 +78,10 @@ def _target(_context: click.Context, option: click.Parameter, path: Path | None)
 @click.option("--plot", type=_FILE, callback=_target, help="A picture; needs matplotlib.")
 def bench(*, as_json: Path | None, plot: Path | None, isolation: str | None, **plan: Any) -> None:
     """Measure how fast MODEL, or the first that is listed, answers on this machine."""
-    from .bench import Plan, measure
-    from .config import load_config, settings
+    from ..bench import Plan, measure
+    from ..config import load_config, settings
 
-    progress = _Progress()
+    progress = Progress()
     try:
         chosen = settings(load_config())
         if isolation is not None:
@@ -179,27 +114,13 @@ def _write(found: dict[str, Any], as_json: Path | None, plot: Path | None) -> No
         raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
 
-class _Progress:
-    """One line that changes on a terminal, else a line for each thing, on standard error."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-
-    def say(self, text: str) -> None:
-        click.echo(f"\r\x1b[K{text} …" if self._terminal else text, err=True, nl=not self._terminal)
-
-    def end(self) -> None:
-        if self._terminal:
-            click.echo("\r\x1b[K", err=True, nl=False)
-
-
 def _number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def report(found: dict[str, Any]) -> str:
     """What `bench` prints. What could not be measured is a dash, or among what was left out."""
-    from .bench import layout
+    from ..bench import layout
 
     model, chosen, machine = found["model"], found["settings"], found["machine"]
     head = ["clients", "tokens/s", "each", "first ms p50", "p95", "gap ms p50", "p95", "p99"]
@@ -304,32 +225,3 @@ def _draw(found: dict[str, Any], file: Path) -> None:
         axes.legend(frameon=False)
     figure.suptitle(f"{found['model']['id']} on {found['machine']['processor']}")
     figure.savefig(file)
-
-
-class _Local:
-    """The service in this process; its errors become the command's."""
-
-    def __enter__(self) -> Any:
-        from .compose import LocalTransport
-        from .config import load_config, settings
-
-        try:
-            self._transport = LocalTransport(settings(load_config()))
-        except TraitError as error:
-            raise click.ClickException(f"in Jupyter's configuration: {error}") from error
-        return self._transport
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._transport.close()
-        if isinstance(error, ShimmyError):
-            field = f" (field {error.param!r})" if error.param else ""
-            raise click.ClickException(f"{error.message}{field} [{error.code}]") from None
-
-
-if __name__ == "__main__":
-    main()

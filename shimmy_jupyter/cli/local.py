@@ -1,0 +1,51 @@
+"""What commands share: the service in this process, and a line that says how far things are."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+import click
+from traitlets import TraitError
+
+from ..errors import ShimmyError
+
+
+class Progress:
+    """One line that changes on a terminal, else a line for each thing, on standard error."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+
+    def say(self, text: str) -> None:
+        click.echo(f"\r\x1b[K{text} …" if self._terminal else text, err=True, nl=not self._terminal)
+
+    def end(self) -> None:
+        if self._terminal:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+class Local:
+    """The service in this process; its errors become the command's."""
+
+    def __enter__(self) -> Any:
+        from ..compose import LocalTransport
+        from ..config import load_config, settings
+
+        try:
+            self._transport = LocalTransport(settings(load_config()))
+        except TraitError as error:
+            raise click.ClickException(f"in Jupyter's configuration: {error}") from error
+        return self._transport
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._transport.close()
+        if isinstance(error, ShimmyError):
+            field = f" (field {error.param!r})" if error.param else ""
+            raise click.ClickException(f"{error.message}{field} [{error.code}]") from None
