@@ -25,7 +25,7 @@ from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.llama import LlamaBackend
 from shimmy_jupyter.engine.llama.binding import quick
 from shimmy_jupyter.engine.model import LoadedModel
-from shimmy_jupyter.models.catalog import discover
+from shimmy_jupyter.models.sources import BUNDLED
 from shimmy_jupyter.types import Message, Sampling
 
 TOKENS = 48
@@ -170,8 +170,7 @@ ASKED = [*(f"What does {name} do?" for name in NAMES), *OTHERS]
 
 
 async def main() -> int:
-    (bundled,) = discover([])
-    path = str(bundled.path)
+    path = str(BUNDLED)
     model = await LoadedModel.load(LlamaBackend, LoadSpec(path=path))
     try:
         prompts = [await model.encode((Message("user", text),)) for text in ASKED]

@@ -26,7 +26,7 @@ from shimmy_jupyter.core.lookup import Lookup
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.llama.binding import initialise, native
 from shimmy_jupyter.engine.model import LoadedModel
-from shimmy_jupyter.models.catalog import discover
+from shimmy_jupyter.models.sources import BUNDLED
 from shimmy_jupyter.types import Constraint, Sampling
 
 HERE = Path(__file__).parent
@@ -151,8 +151,7 @@ def simulated(prompt: tuple[int, ...], answer: tuple[int, ...], cost: dict[int, 
 
 
 async def simulate(cost: dict[int, float]) -> dict[str, float]:
-    (bundled,) = discover([])
-    model = await LoadedModel.load(llama_backend, LoadSpec(path=str(bundled.path)))
+    model = await LoadedModel.load(llama_backend, LoadSpec(path=str(BUNDLED)))
     print("\nin tokens of the bundled model, at these costs:")
     found = {}
     for name, (cell, answer) in ANSWERS.items():

@@ -40,8 +40,8 @@ from shimmy_jupyter.config import Settings
 from shimmy_jupyter.engine.stream import TokenStream
 from shimmy_jupyter.engine.worker import Engine
 from shimmy_jupyter.errors import DeadlineExceeded, EngineCrashed, QueueFull
-from shimmy_jupyter.models.catalog import discover
 from shimmy_jupyter.models.quarantine import WINDOW, Quarantine
+from shimmy_jupyter.models.sources import Places, Scanner
 from shimmy_jupyter.service import CompletionService
 from shimmy_jupyter.types import CompletionRequest, Ended, Principal, Sampling
 
@@ -368,10 +368,10 @@ def _service(path: Path, isolation: str) -> tuple[CompletionService, str]:
     """With a pool of cells that is too small for everybody, so that they wait, share and are saved;
     and the name of the model.
     """
-    roots = (path.parent,)
+    places = Places(roots=(path.parent,))
     settings = Settings(
         isolation=isolation,
-        roots=roots,
+        places=places,
         context_size=1024,
         kv_tokens=8192,
         max_sequences=24,
@@ -381,7 +381,9 @@ def _service(path: Path, isolation: str) -> tuple[CompletionService, str]:
     service = build_service(settings)
     # Kills are meant here: a clock on which they lie far apart.
     service.pool._quarantine = Quarantine(_rushing())
-    return service, next(file.id for file in discover(roots) if file.path == path.resolve())
+    return service, next(
+        found.id for found in Scanner(places).scan().found if found.path == path.resolve()
+    )
 
 
 def _rushing() -> Callable[[], float]:

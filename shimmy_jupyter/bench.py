@@ -244,8 +244,11 @@ async def measure(plan: Plan, settings: Settings, say: Say) -> Found:
             )
         id = plan.model or (await service.models())[0].file.id
         say(f"loading {id}")
+        # Once before, so that its bytes are known and have been tried out.
+        await service.pool.resident(id)
+        await service.pool.unload(id)
         before, began = _resident(), time.perf_counter()
-        loaded = await service.pool.get(id)
+        loaded = await service.pool.resident(id)
         load_seconds = time.perf_counter() - began
         _check_sizes(plan, loaded.facts)
         child = _child(loaded)

@@ -9,15 +9,17 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jupyter_core.paths import jupyter_config_path
-from traitlets import Bool, Dict, Enum, Float, Int, List, TraitError, TraitType, Unicode
+from jupyter_core.paths import jupyter_config_path, jupyter_data_dir, jupyter_path
+from traitlets import Bool, Dict, Enum, Float, HasTraits, Int, List, TraitError, TraitType, Unicode
 from traitlets.config import Config, Configurable
 from traitlets.config.loader import ConfigFileNotFound, JSONFileConfigLoader, PyFileConfigLoader
+
+from .models.sources import Places
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMG]?)i?B?\s*$", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -133,13 +135,67 @@ class ShimmyEngine(Configurable):
     ).tag(config=True)
 
 
+SEARCHED = ("ollama", "huggingface", "lmstudio", "home", "system")
+
+
 class ShimmyModels(Configurable):
-    """Where models are found."""
+    """Where models are found, what is asked of them, and how long they stay in memory."""
 
     roots = List(
         Unicode(),
         help="Folders searched, at any depth, for *.gguf files; before those of the environment "
-        "variable SHIMMY_MODEL_PATHS.",
+        "variable SHIMMY_MODEL_PATHS. {username} stands for the user's name.",
+    ).tag(config=True)
+    search = List(
+        Enum(SEARCHED),
+        list(SEARCHED),
+        help="Where else to look: what Ollama, the Hugging Face cache and LM Studio have downloaded, "
+        "~/models, and shimmy/models in Jupyter's data folders.",
+    ).tag(config=True)
+    probe = Bool(
+        True,
+        help="Try out a model in a process of its own, within limits, the first time that its bytes "
+        "are seen. Remembered for each build of the engine and each kind of processor.",
+    ).tag(config=True)
+    verify = Enum(
+        ["changed", "always"],
+        "changed",
+        help="When a model's bytes are read to compute their SHA-256: when the file has changed since "
+        "the last time (device, inode, size, both times), or always when it is loaded.",
+    ).tag(config=True)
+    memory_check = Bool(
+        True,
+        help="Refuse a model that does not fit into the memory that is available, before it is loaded. "
+        "Counts the machine's memory, not a GPU's.",
+    ).tag(config=True)
+    memory_reserve = Bytes(
+        0,
+        allow_zero=True,
+        help="Memory that stays free for notebooks. 0: a tenth of the machine's, at least 512 MiB and at "
+        "most 4 GiB.",
+    ).tag(config=True)
+    memory_budget = Bytes(
+        0,
+        allow_zero=True,
+        help="Most memory of all models together; the one that was not used for longest is unloaded for "
+        "another. 0: what the machine has.",
+    ).tag(config=True)
+    idle_unload = Finite(
+        0.0,
+        min=0,
+        help="Seconds without a request after which a model is unloaded. 0: not until its memory is "
+        "needed for another.",
+    ).tag(config=True)
+    allow_pull = Bool(True, help="Whether models may be downloaded.").tag(config=True)
+    hub = Unicode(
+        "",
+        help="Where models are downloaded from by name. Empty: what the environment variable HF_ENDPOINT "
+        "says, else https://huggingface.co.",
+    ).tag(config=True)
+    pull_hosts = List(
+        Unicode(),
+        help='Further hosts that models may be downloaded from by address, such as "models.example.org" '
+        'or "*.example.org".',
     ).tag(config=True)
 
 
@@ -155,6 +211,18 @@ class ShimmyLimits(Configurable):
         allow_none=True,
         help="Most seconds that a request may take, waiting included. None: as long as it takes.",
     ).tag(config=True)
+
+
+class AppTraits(HasTraits):
+    """What is the extension's own; a mixin of `ShimmyApp`."""
+
+    offline = Bool(False, help="Open no outbound connection, whatever else is set.").tag(
+        config=True
+    )
+
+
+class _App(AppTraits, Configurable):
+    """The same, where there is no server."""
 
 
 CONFIGURABLES: tuple[type[Configurable], ...] = (ShimmyEngine, ShimmyModels, ShimmyLimits)
@@ -179,7 +247,20 @@ class Settings:
     saved_kv_bytes: int = 256 << 20
     weights: Mapping[str, float] = field(default_factory=dict)
     max_seconds: float | None = None
-    roots: tuple[Path, ...] = ()
+    places: Places = field(default_factory=Places)
+    state_folder: Path | None = None
+    """Where what is known of files is kept; None: in memory."""
+    probe: bool = True
+    verify_always: bool = False
+    memory_check: bool = True
+    memory_reserve: int | None = None
+    memory_budget: int = 0
+    idle_unload: float = 0.0
+    offline: bool = False
+    allow_pull: bool = True
+    hub: str = ""
+    hub_token: str | None = field(default=None, repr=False)
+    pull_hosts: tuple[str, ...] = ()
     max_request_bytes: int = 8 << 20
 
 
@@ -193,7 +274,8 @@ def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Set
             text.encode()
         except UnicodeEncodeError as error:
             raise TraitError(f"ShimmyEngine.public_prefixes is no text: {error}") from None
-    paths = [*models.roots, *environment.get("SHIMMY_MODEL_PATHS", "").split(os.pathsep)]
+    app = _App(config=Config({"_App": config.get("ShimmyApp", {})}))
+    switched_off = environment.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
     return Settings(
         context_size=engine.context_size,
         kv_tokens=engine.kv_tokens,
@@ -210,9 +292,56 @@ def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Set
         saved_kv_bytes=engine.saved_kv,
         weights=dict(engine.weights),
         max_seconds=limits.max_seconds,
-        roots=tuple(Path(path) for path in paths if path),
+        places=places(models.roots, models.search, environment),
+        state_folder=Path(jupyter_data_dir()) / "shimmy_jupyter",
+        probe=models.probe,
+        verify_always=models.verify == "always",
+        memory_check=models.memory_check,
+        memory_reserve=models.memory_reserve or None,
+        memory_budget=models.memory_budget,
+        idle_unload=models.idle_unload,
+        offline=app.offline or switched_off,
+        allow_pull=models.allow_pull,
+        hub=models.hub or environment.get("HF_ENDPOINT", ""),
+        hub_token=environment.get("HF_TOKEN") or environment.get("HUGGING_FACE_HUB_TOKEN"),
+        pull_hosts=tuple(models.pull_hosts),
         max_request_bytes=limits.max_request_size,
     )
+
+
+def places(roots: Sequence[str], search: Sequence[str], environment: Mapping[str, str]) -> Places:
+    """Where to look for models: what was set, and where other programs keep theirs."""
+    paths = environment.get("SHIMMY_MODEL_PATHS", "").split(os.pathsep)
+    caches = Path(environment.get("XDG_CACHE_HOME") or "~/.cache")
+    hugging = Path(environment.get("HF_HOME") or caches / "huggingface")
+    lmstudio = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
+    return Places(
+        roots=tuple(Path(root) for root in roots if root),
+        model_paths=tuple(Path(path) for path in paths if path),
+        ollama=_ollama(environment) if "ollama" in search else None,
+        huggingface=Path(environment.get("HF_HUB_CACHE") or hugging / "hub")
+        if "huggingface" in search
+        else None,
+        lmstudio=tuple(map(Path, lmstudio)) if "lmstudio" in search else (),
+        home_models=Path("~/models") if "home" in search else None,
+        system=tuple(map(Path, jupyter_path("shimmy", "models"))) if "system" in search else (),
+        username=next(filter(None, map(environment.get, _USERS)), ""),
+    )
+
+
+_USERS = ("JUPYTERHUB_USER", "USER", "LOGNAME")
+_OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
+
+
+def _ollama(environment: Mapping[str, str]) -> Path:
+    """Of the user's own, else of the service that its installer sets up."""
+    own = Path(environment.get("OLLAMA_MODELS") or "~/.ollama/models")
+    if "OLLAMA_MODELS" in environment:
+        return own
+    with contextlib.suppress(OSError, RuntimeError):
+        if own.expanduser().is_dir():
+            return own
+    return _OLLAMA_SERVICE
 
 
 def load_config() -> Config:

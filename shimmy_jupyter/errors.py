@@ -14,7 +14,14 @@ ShimmyError
 ├── DeadlineExceeded                   408  deadline_exceeded
 ├── QueueFull                          503  queue_full
 ├── ModelLoadFailed                    503  model_load_failed
+│   └── GgufError                      503  model_load_failed: by the file's header alone
 ├── GenerationFailed                   500  generation_failed: this sequence alone
+├── FetchFailed                        502  fetch_failed: the other side, the network, or the file's bytes
+│   ├── FetchInterrupted               502  fetch_interrupted: the same call again goes on from there
+│   └── ChecksumMismatch               502  checksum_mismatch: the bytes are not those that were asked for
+├── FetchRefused                       403  fetch_refused: our own policy; nothing was fetched, or no more
+├── FileExists                         409  file_exists: another file has the name
+├── DiskFull                           507  disk_full
 ├── Misconfigured                      503  misconfigured: a setting is wrong; says which
 ├── ConstraintTooComplex               400  constraint_too_complex: this sequence alone
 ├── EngineCrashed                      503  engine_crashed: the sequences of that step
@@ -133,6 +140,48 @@ class ModelLoadFailed(ShimmyError):
     status = 503
 
 
+class GgufError(ModelLoadFailed):
+    """Why a file is refused before anything is loaded. Names no path, and quotes little of the file."""
+
+
+class FetchFailed(ShimmyError):
+    """`answered` is the status of an answer that was not the one hoped for, and `answer_code` what a
+    hub calls the reason (such as "GatedRepo"); None where something else has failed.
+    """
+
+    code = "fetch_failed"
+    status = 502
+    answered: int | None = None
+    answer_code: str | None = None
+
+
+class FetchInterrupted(FetchFailed):
+    """What has come is kept; the same request again continues from there."""
+
+    code = "fetch_interrupted"
+
+
+class ChecksumMismatch(FetchFailed):
+    code = "checksum_mismatch"
+
+
+class FetchRefused(ShimmyError):
+    code = "fetch_refused"
+    status = 403
+    type = "permission_error"
+
+
+class FileExists(ShimmyError):
+    code = "file_exists"
+    status = 409
+    type = "invalid_request_error"
+
+
+class DiskFull(ShimmyError):
+    code = "disk_full"
+    status = 507
+
+
 class Misconfigured(ShimmyError):
     code = "misconfigured"
     status = 503
@@ -187,7 +236,7 @@ def all_errors() -> list[type[ShimmyError]]:
 
 def from_code(code: str, message: str, **details: Any) -> ShimmyError:
     """The exception for a stable code, as read from a `Failure` or from the wire."""
-    known = (c for c in reversed(all_errors()) if c.code == code and c is not EngineLost)
+    known = (c for c in all_errors() if c.code == code and c is not ShimmyError)
     cls = next(known, InternalError)
     return cls(message, **details)
 

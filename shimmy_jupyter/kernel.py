@@ -23,6 +23,6 @@ def _find() -> Server | None:
 
 def _local() -> Transport:
     # The service's parts are only imported where there is no server to ask.
-    from .compose import LocalTransport
+    from .local import LocalTransport
 
     return LocalTransport(settings(load_config()))

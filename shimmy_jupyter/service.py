@@ -5,6 +5,7 @@ and the tests all come through here.
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -22,7 +23,10 @@ from .errors import (
     ModelNotFound,
     UnsupportedParameter,
 )
-from .models.lifecycle import ModelPool, ModelStatus
+from .models.jobs import Progress, Report, unheard
+from .models.library import ModelLibrary
+from .models.lifecycle import ModelPool
+from .models.resident import ModelStatus
 from .types import (
     ChatOptions,
     CompletionRequest,
@@ -37,6 +41,7 @@ from .types import (
 _Prepared = tuple[LoadedModel, Encoded, str]
 """The model, the prompt, the adapter's path."""
 _AS_IT_IS = ChatOptions()
+_COUNTING = Progress("counting the prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class Dependency:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`active` counts the requests that are queued or running."""
+    """`active` counts the requests that are queued or running, and jobs."""
 
     dependencies: list[Dependency]
     active: int
@@ -91,7 +96,8 @@ def _engine_health(loaded: list[LoadedModel]) -> Dependency:
 def _models_health(statuses: list[ModelStatus]) -> Dependency:
     if not statuses:
         return Dependency("models", "down", "no models", "set ShimmyModels.roots")
-    failed = [f"{s.file.id}: {s.error}" for s in statuses if s.error]
+    # A broken file that nobody has asked for is no concern of the server's.
+    failed = [f"{s.file.id}: {s.error}" for s in statuses if s.error and not s.file.problem]
     if failed:
         return Dependency("models", "degraded", "; ".join(failed), "replace the file, or remove it")
     return Dependency("models", "ok", f"{len(statuses)} available")
@@ -115,36 +121,43 @@ class CompletionService:
     def __init__(
         self,
         pool: ModelPool[LoadedModel],
+        library: ModelLibrary,
         *,
         default_max_tokens: int = 1024,
         max_seconds: float | None = None,
     ) -> None:
-        self.pool = pool
+        self.pool, self.library = pool, library
         self.default_max_tokens = default_max_tokens
         self.max_seconds = max_seconds
 
-    async def start(self, request: CompletionRequest) -> Completion:
-        """Resolve the model, count the prompt exactly, refuse what cannot fit, queue the rest."""
+    async def start(self, request: CompletionRequest, report: Report = unheard) -> Completion:
+        """Resolve the model, count the prompt exactly, refuse what cannot fit, queue the rest. A model
+        that is not in memory is loaded first; `report` hears how far that is.
+        """
         limits = [t for t in (request.max_seconds, self.max_seconds) if t is not None]
         limit = min(limits, default=None)
         clock = asyncio.get_running_loop().time
         began = clock()
-        try:
-            async with asyncio.timeout(limit):
-                model, encoded, adapter = await self._prepared(request)
-        except TimeoutError:
-            raise DeadlineExceeded("the request took longer than its max_seconds") from None
-        count = len(encoded.tokens)
-        max_tokens = self._room(request, count, model.facts)
-        echo = await self._echo(model, request, encoded) if request.echo else None
-        if max_tokens == 0 and request.sampling.prompt_logprobs is None:
-            return Completion(request, count, echo=echo)
-        left = None if limit is None else max(0.0, limit - (clock() - began))
-        wanted = _Wanted(encoded, max_tokens, adapter, left)
-        return Completion(request, count, *_submitted(model, request, wanted), echo)
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(limit):
+                    model, encoded, adapter = await self._prepared(request, held, report)
+            except TimeoutError:
+                raise DeadlineExceeded("the request took longer than its max_seconds") from None
+            count = len(encoded.tokens)
+            max_tokens = self._room(request, count, model.facts)
+            echo = await self._echo(model, request, encoded) if request.echo else None
+            if max_tokens == 0 and request.sampling.prompt_logprobs is None:
+                return Completion(request, count, echo=echo)
+            left = None if limit is None else max(0.0, limit - (clock() - began))
+            wanted = _Wanted(encoded, max_tokens, adapter, left)
+            return Completion(request, count, *_submitted(model, request, wanted), echo)
 
-    async def _encoded(self, request: CompletionRequest) -> _Prepared:
-        model = await self.pool.get(request.model)
+    async def _encoded(
+        self, request: CompletionRequest, held: AsyncExitStack, report: Report
+    ) -> _Prepared:
+        model = await held.enter_async_context(self.pool.use(request.model, report))
+        report(_COUNTING)
         if not model.facts.can_generate:
             raise UnsupportedParameter("this model makes embeddings only", param="model")
         model.check_bias(request.sampling.logit_bias)
@@ -153,7 +166,7 @@ class CompletionService:
             prompt = model.between(prompt, request.suffix)
         if request.sampling.constraint is not None:
             await model.compile(request.sampling.constraint, request.principal.name)
-        adapter = await self._adapter(model, request.adapter) if request.adapter else ""
+        adapter = await self._adapter(model, request)
         encoded = await model.prepare(prompt, request.principal.name, request.chat)
         return model, encoded, adapter
 
@@ -164,22 +177,27 @@ class CompletionService:
         # What the model wants before every prompt is not part of this one's text.
         return Echo(text, first if text.startswith(first) else "")
 
-    async def _adapter(self, model: LoadedModel, id: str) -> str:
-        """Its path, once it is loaded."""
+    async def _adapter(self, model: LoadedModel, request: CompletionRequest) -> str:
+        """Its path, once it is loaded; "" where the request names none and the model has none."""
         try:
-            path = str((await self.pool.find(id)).path)
+            found = await self.pool.adapter(request.model, request.adapter)
+            if found is None:
+                return ""
+            path = str(found)
             await model.use_adapter(path)
         except (ModelNotFound, ModelLoadFailed) as error:
             error.param = "adapter"
             raise
         return path
 
-    async def _prepared(self, request: CompletionRequest) -> _Prepared:
+    async def _prepared(
+        self, request: CompletionRequest, held: AsyncExitStack, report: Report
+    ) -> _Prepared:
         try:
-            return await self._encoded(request)
+            return await self._encoded(request, held, report)
         except EngineLost:
             # Its process ended while nobody was using it: nothing of this request is lost.
-            return await self._encoded(request)
+            return await self._encoded(request, held, report)
 
     def _room(self, request: CompletionRequest, prompt_tokens: int, facts: ModelFacts) -> int:
         """How many tokens to generate. Raises `ContextLengthExceeded` if they cannot all fit."""
@@ -212,20 +230,20 @@ class CompletionService:
         """
         who = request.principal.name
         try:
-            async with asyncio.timeout(self.max_seconds):
+            async with asyncio.timeout(self.max_seconds), AsyncExitStack() as held:
                 try:
-                    embedder, tokens = await self._inputs(request)
+                    embedder, tokens = await self._inputs(request, held)
                 except EngineLost:
                     # Its process ended while nobody was using it: nothing of this request is lost.
-                    embedder, tokens = await self._inputs(request)
+                    embedder, tokens = await self._inputs(request, held)
                 return Vectors(await embedder.vectors(tokens, who), sum(map(len, tokens)))
         except TimeoutError:
             raise DeadlineExceeded("the request took longer than max_seconds") from None
 
     async def _inputs(
-        self, request: EmbeddingRequest
+        self, request: EmbeddingRequest, held: AsyncExitStack
     ) -> tuple[Embedder, tuple[tuple[int, ...], ...]]:
-        model = await self.pool.get(request.model)
+        model = await held.enter_async_context(self.pool.use(request.model))
         embedder = model.embedder
         if embedder is None:
             raise UnsupportedParameter("this model makes no embeddings", param="model")
@@ -244,39 +262,46 @@ class CompletionService:
         self, model: str, prompt: Prompt, principal: Principal, options: ChatOptions = _AS_IT_IS
     ) -> tuple[int, ...]:
         """The exact tokens that a prompt has, as `start` would count them."""
-        return await (await self.pool.get(model)).encode(prompt, principal.name, options)
+        async with self.pool.use(model) as found:
+            return await found.encode(prompt, principal.name, options)
 
     async def detokenize(self, model: str, tokens: tuple[int, ...], principal: Principal) -> str:
         """The text of tokens; bytes that make no character become U+FFFD."""
-        return await (await self.pool.get(model)).decode(tokens, principal.name)
+        async with self.pool.use(model) as found:
+            return await found.decode(tokens, principal.name)
 
     async def rendered(
         self, model: str, prompt: Prompt, principal: Principal, options: ChatOptions = _AS_IT_IS
     ) -> tuple[str, int]:
         """A chat as the model's template writes it, and how many tokens that is."""
-        found = await self.pool.get(model)
-        text = await found.render(prompt, principal.name, options)
-        return text, len(await found.encode(text, principal.name))
+        async with self.pool.use(model) as found:
+            text = await found.render(prompt, principal.name, options)
+            return text, len(await found.encode(text, principal.name))
 
     async def models(self) -> list[ModelStatus]:
-        return await self.pool.status()
+        """Those that a request can name as its `model`."""
+        statuses = await self.pool.status()
+        return [s for s in statuses if s.file.kind == "model" and s.file.problem is None]
 
     async def model(self, id: str) -> ModelStatus:
         """Raises `ModelNotFound`."""
-        file = await self.pool.find(id)
-        return self.pool.status_of(file)
+        return self.pool.status_of(await self.pool.catalog.find(id))
 
     async def health(self) -> Health:
         """What the main job depends on. Looks, and loads nothing."""
-        dependencies = [_engine_health(self.pool.loaded()), _models_health(await self.models())]
+        dependencies = [
+            _engine_health(self.pool.loaded()),
+            _models_health(await self.pool.status()),
+        ]
         return Health(dependencies, self.active)
 
     @property
     def active(self) -> int:
-        """Requests queued or running, of all models."""
-        return sum(model.active for model in self.pool.loaded())
+        """Requests queued or running, of all models, and jobs."""
+        return sum(model.active for model in self.pool.loaded()) + self.library.jobs.active
 
     async def close(self) -> None:
+        await self.library.close()
         await self.pool.close()
 
 

@@ -11,7 +11,9 @@ import click
 from .. import __version__
 from ..notebook.client import events
 from ..notebook.display import clean
-
+from .checklist import doctor_command
+from .follow import follow
+from .library import models, probe, pull, verify
 from .local import Local
 from .measure import bench
 
@@ -23,24 +25,9 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def models(*, as_json: bool) -> None:
-    """List the models that this machine offers."""
-    with Local() as local:
-        found = local.get("shimmy/v1/models")["data"]
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-        return
-    width = max(len(model["id"]) for model in found)
-    for model in found:
-        size = model["shimmy"]["size_bytes"] / (1 << 20)
-        click.echo(f"{model['id']:<{width}}  {size:9.1f} MB  {model['owned_by']}")
-
-
-@main.command()
 @click.argument("prompt")
 @click.option(
-    "--model", default="self-test", show_default=True, help="A name from `shimmy models`."
+    "--model", help="A name from `shimmy models`, where the one with * answers if none is named."
 )
 @click.option("--system", help="A system message in front of the prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=0), help="Most tokens to generate.")
@@ -63,8 +50,20 @@ def generate(prompt: str, *, stats: bool, system: str | None, **options: Any) ->
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    with Local() as local:
+        body.setdefault("model", local.get("shimmy/api/models")["default"])
+        # First, as it may take a while: then it is said how far it is.
+        follow(local, local.post(f"shimmy/api/models/{body['model']}/load", {})["job"])
+        last = _answer(local, body)
+    click.echo()
+    if stats:
+        click.echo(json.dumps(last["usage"] | last["shimmy"]), err=True)
+
+
+def _answer(local: Any, body: dict[str, Any]) -> dict[str, Any]:
+    """Print it as it comes. The last item says what it cost."""
     last: dict[str, Any] = {}
-    with Local() as local, local.stream("shimmy/v1/chat/completions", body) as chunks:
+    with local.stream("shimmy/v1/chat/completions", body) as chunks:
         for item in events(chunks):
             for choice in item["choices"]:
                 thought = clean(choice["delta"].get("reasoning_content", ""))
@@ -72,9 +71,8 @@ def generate(prompt: str, *, stats: bool, system: str | None, **options: Any) ->
                     click.echo(thought, nl=False, err=True)
                 click.echo(clean(choice["delta"].get("content", "")), nl=False)
             last = item
-    click.echo()
-    if stats:
-        click.echo(json.dumps(last["usage"] | last["shimmy"]), err=True)
+    return last
 
 
-main.add_command(bench)
+for command in (bench, doctor_command, models, probe, pull, verify):
+    main.add_command(command)

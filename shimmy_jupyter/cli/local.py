@@ -16,13 +16,13 @@ class Progress:
     """One line that changes on a terminal, else a line for each thing, on standard error."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty()
 
     def say(self, text: str) -> None:
-        click.echo(f"\r\x1b[K{text} …" if self._terminal else text, err=True, nl=not self._terminal)
+        click.echo(f"\r\x1b[K{text} …" if self.terminal else text, err=True, nl=not self.terminal)
 
     def end(self) -> None:
-        if self._terminal:
+        if self.terminal:
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
@@ -30,8 +30,8 @@ class Local:
     """The service in this process; its errors become the command's."""
 
     def __enter__(self) -> Any:
-        from ..compose import LocalTransport
         from ..config import load_config, settings
+        from ..local import LocalTransport
 
         try:
             self._transport = LocalTransport(settings(load_config()))

@@ -21,13 +21,15 @@ from ..types import Constraint, ModelFacts
 class LoadSpec:
     """How to load a model. Sizes are in tokens; 0 lets the backend choose from the model's facts.
 
-    `sequences` that one principal may have running; `threads` 0 is as many as this process may use;
-    `gpu_layers` -1 is as many as fit; `nice` is added to the scheduling priority of the threads
+    `parts` are the further files of a model that is split, in order. `sequences` that one principal may
+    have running; `threads` 0 is as many as this process may use; `gpu_layers` -1 is as many as fit; `nice` is added to the scheduling priority of the threads
     that compute. `kv_type` is how the KV cache holds its numbers: f16, q8_0 or q4_0. With
-    `prompt_lookup` a sequence that decodes alone has its next tokens guessed.
+    `prompt_lookup` a sequence that decodes alone has its next tokens guessed. `free_bytes` of memory are
+    what a cache of no set size may be a part of; 0: what the system says.
     """
 
     path: str
+    parts: tuple[str, ...] = ()
     context_size: int = 0
     kv_tokens: int = 0
     sequences: int = 32
@@ -37,6 +39,7 @@ class LoadSpec:
     nice: int = 0
     kv_type: str = "f16"
     prompt_lookup: bool = True
+    free_bytes: int = 0
 
     @property
     def running(self) -> int:

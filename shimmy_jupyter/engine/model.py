@@ -342,6 +342,15 @@ class LoadedModel:
     def active(self) -> int:
         return self.engine.active + (self.embedder.active if self.embedder is not None else 0)
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Of its file, which the system counts as available memory."""
+        return self.facts.size_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.facts.size_bytes + self.facts.kv_tokens * self.facts.kv_bytes_per_token
+
     async def close(self) -> None:
         """End its sequences and free the model. What is being tokenized is waited for."""
         self._closed = True

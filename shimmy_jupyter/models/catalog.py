@@ -1,113 +1,123 @@
-"""Which model files this machine offers, and under which names."""
+"""Which models this machine offers, looked for off the event loop; and what their headers say."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import asyncio
 import logging
-import os
-import re
-import stat
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Protocol
+
+from ..errors import GgufError, ModelNotFound
+from .gguf import GgufFacts, validate
+from .jobs import in_thread
+from .scan import Warning
+from .sources import Found, Scan
 
 log = logging.getLogger("shimmy_jupyter.models")
 
-SELF_TEST = "self-test"
-_DEEPEST = 32
-_BUNDLED = Path(__file__).parent.parent / "bundled" / "self-test.gguf"
-_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._:@-]+")
-_LATER_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
-_LONGEST_NAME = 119  # leaves room for "@" and 8 hex digits within 128
+PAUSE = 1.0
+"""Seconds after a look in which a name that is not known is no reason for another."""
+_NAMED = 20
+_Stamp = tuple[tuple[int, int, int, int, int], ...]
+_CHANGED = "it changed while it was looked at"
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFile:
-    """A GGUF file under the name that requests use. `created` is seconds since 1970, in UTC."""
-
-    id: str
-    path: Path
-    size_bytes: int
-    created: int
-    bundled: bool = False
+class Scans(Protocol):
+    def scan(self, stop: Callable[[], bool]) -> Scan: ...
 
 
-def discover(roots: Iterable[Path]) -> list[ModelFile]:
-    """Every `*.gguf` below the roots, in the order of the roots and then by name, and at the end
-    the bundled model. A second file of a name that is taken becomes `name@` and 8 hex digits of
-    its path's SHA-256. Passed over: roots that are not there, links out of a root, folders deeper
-    than 32, whatever is no regular file or cannot be looked at.
+class Catalog:
+    """Models by id. Looks at the disk when it is first asked, when a name is not known, and when it is
+    told to; those who ask meanwhile wait for the same look.
     """
-    found: list[ModelFile] = []
-    taken = {SELF_TEST}
-    seen: set[Path] = set()
-    for root in roots:
-        try:
-            resolved_root = root.expanduser().resolve(strict=True)
-            if not resolved_root.is_dir():
-                raise NotADirectoryError
-        except (OSError, RuntimeError, ValueError) as error:
-            missing = isinstance(error, FileNotFoundError)
-            reason = "does not exist" if missing else "is not a folder that can be read"
-            log.warning("ShimmyModels.roots or SHIMMY_MODEL_PATHS: %r %s", str(root), reason)
-            continue
-        for path in sorted(_files(resolved_root)):
-            shard = _LATER_SHARD.search(path.stem)
-            if path.suffix.lower() != ".gguf" or (shard and shard[1] != "00001"):
-                continue
+
+    def __init__(self, scanner: Scans, clock: Callable[[], float] = time.monotonic) -> None:
+        self._scanner = scanner
+        self._clock = clock
+        self._models: dict[str, Found] | None = None
+        self._looking: asyncio.Task[dict[str, Found]] | None = None
+        self._looked = 0.0
+        self._said: set[Warning] = set()
+        self.warnings: tuple[Warning, ...] = ()
+        """Of the last look. They hold paths: for the log, and for who owns the server's account."""
+
+    async def models(self) -> dict[str, Found]:
+        return await self.look() if self._models is None else self._models
+
+    async def look(self) -> dict[str, Found]:
+        """What there is now."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+        return await asyncio.shield(self._looking)
+
+    async def find(self, id: str) -> Found:
+        """Raises `ModelNotFound`. Looks again before it says so."""
+        models = await self.models()
+        if id not in models and self._clock() - self._looked >= PAUSE:
+            models = await self.look()
+        if id not in models:
+            names = [*models][:_NAMED] + ["…"] * (len(models) > _NAMED)
+            raise ModelNotFound(
+                f"there is no model {id!r}; there are: {', '.join(names)}", param="model"
+            )
+        return models[id]
+
+    async def _look(self) -> dict[str, Found]:
+        scan = await in_thread(self._scanner.scan)
+        self._models = {found.id: found for found in scan.found}
+        self._looked = self._clock()
+        self.warnings = scan.warnings
+        for warning in scan.warnings:
+            if warning not in self._said:
+                log.warning("looking for models: %r %s", warning.place, warning.reason)
+        self._said = set(scan.warnings)
+        return self._models
+
+    async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+
+
+class HeaderFacts:
+    """What files' headers say, remembered while the files do not change. Blocking, for any thread."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[_Stamp, GgufFacts | GgufError]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, found: Found) -> GgufFacts:
+        """Raises `GgufError` for what llama.cpp must not be given."""
+        before = stamp_of(found)
+        known = self._known.get(found.path)
+        if known is None or known[0] != before:
             try:
-                resolved = path.resolve(strict=True)
-                status = resolved.stat()
-            except (OSError, RuntimeError):  # gone since it was listed, or a link to itself
-                continue
-            inside = resolved.is_relative_to(resolved_root)
-            if inside and stat.S_ISREG(status.st_mode) and resolved not in seen:
-                seen.add(resolved)
-                size = status.st_size + (_others(resolved, int(shard[2])) if shard else 0)
-                found.append(_entry(_name(path, resolved, taken), resolved, status, size))
-    bundled = _BUNDLED.stat()
-    found.append(_entry(SELF_TEST, _BUNDLED, bundled, bundled.st_size, bundled=True))
-    return found
+                said: GgufFacts | GgufError = validate(found.path, found.parts)
+            except GgufError as error:
+                said = error
+            if stamp_of(found) != before:
+                raise GgufError(_CHANGED)
+            with self._lock:
+                self._known[found.path] = known = before, said
+        if isinstance(known[1], GgufError):
+            raise GgufError(known[1].message)
+        return known[1]
+
+    def keep(self, models: Iterable[Found]) -> None:
+        """Forget what is known of others."""
+        paths = {found.path for found in models}
+        with self._lock:
+            for path in self._known.keys() - paths:
+                del self._known[path]
 
 
-def _others(first: Path, count: int) -> int:
-    """Bytes of the other files of a model that is split; of those that are there."""
-    size = 0
-    for number in range(2, count + 1):
-        other = first.with_name(f"{first.name[:-20]}-{number:05}-of-{count:05}.gguf")
-        with contextlib.suppress(OSError):
-            size += other.stat().st_size
-    return size
-
-
-def _files(root: Path) -> Iterator[Path]:
-    folders = [(root, 0)]
-    while folders:
-        folder, depth = folders.pop()
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        if depth < _DEEPEST:
-                            folders.append((Path(entry.path), depth + 1))
-                    else:
-                        yield Path(entry.path)
-        except OSError:
-            log.warning("the models' folder %r cannot be read", str(folder))
-
-
-def _entry(
-    id: str, path: Path, status: os.stat_result, size: int, *, bundled: bool = False
-) -> ModelFile:
-    return ModelFile(id, path, size, int(status.st_mtime), bundled)
-
-
-def _name(path: Path, resolved: Path, taken: set[str]) -> str:
-    name = _NOT_IN_A_NAME.sub("-", _LATER_SHARD.sub("", path.stem))[:_LONGEST_NAME] or "model"
-    digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()
-    # Longer where somebody has named a file after a digest's beginning.
-    candidates = [name, *(f"{name}@{digest[:size]}"[-128:] for size in range(8, 65))]
-    free = next(candidate for candidate in candidates if candidate not in taken)
-    taken.add(free)
-    return free
+def stamp_of(found: Found) -> _Stamp:
+    """Changes when a file of the model is changed or replaced. Raises `GgufError` where one is gone."""
+    try:
+        facts = [part.lstat() for part in found.parts]
+    except OSError as error:
+        raise GgufError(f"its file cannot be read: {error.strerror}") from None
+    return tuple((f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for f in facts)

@@ -36,6 +36,7 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TOKEN = re.compile(r"[!-~]{1,4096}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _SECONDS = re.compile(r"[0-9]{1,6}")
+_CODE = re.compile(r"[A-Za-z]{1,40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,4 +336,8 @@ def unexpected(answer: Answer) -> FetchFailed:
         what = "it has a problem of its own; try again later"
     else:
         what = "which means nothing for a file"
-    return FetchFailed(f"{host} answered {status}: {what}")
+    failed = FetchFailed(f"{host} answered {status}: {what}")
+    failed.answered = status
+    code = answer.headers.get("x-error-code", "")
+    failed.answer_code = code if _CODE.fullmatch(code) else None
+    return failed

@@ -36,7 +36,8 @@ Stage = Literal["hashing", "downloading"]
 class FetchRequest:
     """What to fetch and where to: `name` in `folder`, which exists. `expected_sha256` is 64 hex
     digits in lower case; `max_bytes` can only tighten the fetcher's own. The URL's query may be
-    secret and is shown nowhere.
+    secret and is shown nowhere. An interrupted fetch is continued by a request of the same `identity`,
+    which is the URL without its query unless several URLs lead to the same bytes.
     """
 
     url: str = field(repr=False)
@@ -45,6 +46,7 @@ class FetchRequest:
     expected_size: int | None = None
     expected_sha256: str | None = None
     max_bytes: int | None = None
+    identity: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class Job:
         self.web = web
         self.request = request
         self.target = target
+        self.identity = request.identity or target.shown
         self.part = part
         self.limit = limit
         self.progress = progress
@@ -146,7 +149,7 @@ class Job:
         note, request = self.part.note, self.request
         same = (
             note is not None
-            and note.url == self.target.shown
+            and note.url == self.identity
             and _STRONG.fullmatch(note.etag) is not None
             and request.expected_size in (None, note.size)
             and note.size <= self.limit
@@ -210,9 +213,7 @@ class Job:
         strong = self.etag is not None and _STRONG.fullmatch(self.etag) is not None
         resumable = strong and total is not None
         self.digest = hashlib.sha256()
-        self.part.restart(
-            Note(self.target.shown, str(self.etag), total or 0) if resumable else None
-        )
+        self.part.restart(Note(self.identity, str(self.etag), total or 0) if resumable else None)
         self._receive(answer, total)
 
     def _receive(self, answer: Answer, total: int | None) -> None:

@@ -36,8 +36,8 @@ _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What a part is part of. `url` has no query; `size` and `safe` are bytes, of the whole file
-    and of what has reached the disk.
+    """What a part is part of. `url` has no query, or is the request's `identity`; `size` and `safe`
+    are bytes, of the whole file and of what has reached the disk.
     """
 
     url: str

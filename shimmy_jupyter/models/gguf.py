@@ -14,13 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ModelLoadFailed
+from ..errors import GgufError
 
 TEMPLATE = "tokenizer.chat_template"
-
-
-class GgufError(ModelLoadFailed):
-    """Why a file is refused. Safe to show: names no path, and quotes little of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +130,16 @@ def read_header(path: Path) -> Header:
     return read(path, None)
 
 
-def validate(path: Path) -> GgufFacts:
+def validate(path: Path, parts: Sequence[Path] = ()) -> GgufFacts:
     """The facts of a file that llama.cpp can be given, or `GgufError` with the reason why not.
 
     Refuses what makes llama.cpp end the process, as far as headers tell. Of a model that is split,
-    name the first file; the others are read too.
+    name the first file; the others are read too, and found by their names unless `parts` are all
+    files in order.
     """
     from .gguf_checks import checked
 
-    return checked(path)
+    return checked(path, parts)
 
 
 def memory_needed(facts: GgufFacts, context_tokens: int) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..errors import GgufError
 from .gguf import (
     AdapterFacts,
     ArrayInfo,
-    GgufError,
     GgufFacts,
     Header,
     TensorInfo,
@@ -83,7 +84,7 @@ _ONLY_F32 = re.compile(r".*(norm\.weight|\.bias|token_types\.weight|ssm_(conv1d\
 _LORA = re.compile(r"(.+)\.lora_([ab])")
 
 
-def checked(path: Path) -> GgufFacts:
+def checked(path: Path, files: Sequence[Path] = ()) -> GgufFacts:
     """As `gguf.validate`."""
     words = Words()
     header = read(path, words)
@@ -93,7 +94,7 @@ def checked(path: Path) -> GgufFacts:
     kind = _kind(header)
     if kind == "adapter":
         return facts_of(kind, [header], words.count, _adapter(header))
-    parts = [header, *_other_parts(path, header)]
+    parts = [header, *_other_parts(path, header, files)]
     if kind != "projector":
         _check_model(parts, words, path)
         kind = "embedding" if _embeds(header) else "model"
@@ -146,24 +147,38 @@ def _integer(header: Header, key: str) -> None:
 # Parts
 
 
-def _other_parts(path: Path, header: Header) -> list[Header]:
+def _other_parts(path: Path, header: Header, files: Sequence[Path]) -> list[Header]:
     count = header.number("split.count")
     if count <= 1:
+        if len(files) > 1:
+            raise GgufError(f"it is whole by its header, and one of {len(files)} by its name")
         return []
     within("split.count", count, 1, _MOST_PARTS)
+    if len(files) > 1:
+        others = files[1:]
+        if len(files) != count:
+            raise GgufError(f"split.count {count} does not fit its {len(files)} files")
+    else:
+        others = _named_parts(path, count)
+    parts, tensors = [], len(header.tensors)
+    for i, file in enumerate(others, 1):
+        parts.append(_part(file, i))
+        tensors += len(parts[-1].tensors)
+        within("the number of tensors in all parts", tensors, 0, MAX_TENSORS)
+    return parts
+
+
+def _named_parts(path: Path, count: int) -> list[Path]:
     name = _PART.fullmatch(path.name)
     if name is None or int(name["count"]) != count:
         raise GgufError(
             f"split.count {count} does not fit the file's name, which should end in "
             f"-00001-of-{count:05}.gguf"
         )
-    parts, tensors = [], len(header.tensors)
-    for i in range(1, count):
-        file = path.with_name(f"{name['stem']}-{i + 1:05}-of-{count:05}{name['suffix']}")
-        parts.append(_part(file, i))
-        tensors += len(parts[-1].tensors)
-        within("the number of tensors in all parts", tensors, 0, MAX_TENSORS)
-    return parts
+    return [
+        path.with_name(f"{name['stem']}-{number:05}-of-{count:05}{name['suffix']}")
+        for number in range(2, count + 1)
+    ]
 
 
 def _part(path: Path, index: int) -> Header:

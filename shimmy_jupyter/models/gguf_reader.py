@@ -18,7 +18,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from .gguf import TEMPLATE, ArrayInfo, GgufError, Header, TensorInfo, Value, shown, within
+from ..errors import GgufError
+from .gguf import TEMPLATE, ArrayInfo, Header, TensorInfo, Value, shown, within
 from .gguf_vocabulary import CHARSMAP, TOKENS, TYPES, Words
 
 MAX_KEYS: Final = 65_536

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Final
 
-from .gguf import ArrayInfo, GgufError, Header, shown
+from ..errors import GgufError
+from .gguf import ArrayInfo, Header, shown
 
 TOKENS: Final = "tokenizer.ggml.tokens"
 TYPES: Final = "tokenizer.ggml.token_type"

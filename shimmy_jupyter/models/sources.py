@@ -60,6 +60,12 @@ class Places:
     system: tuple[Path, ...] = ()
     username: str = ""
 
+    @property
+    def named(self) -> tuple[Path, ...]:
+        """Those that somebody has asked for."""
+        roots = (Path(str(root).replace("{username}", self.username)) for root in self.roots)
+        return (*roots, *self.model_paths)
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:

@@ -247,6 +247,10 @@ class _View:
 
 def waited(waiting: dict[str, Any]) -> str:
     """What a request without an answer yet is waiting for, in words."""
+    if waiting["state"] == "loading":
+        done, total = waiting["done"], waiting["total"]
+        share = f", {done * 100 // total}%" if total else ""
+        return f"loading the model: {waiting['message']}{share}"
     if waiting["state"] == "prefill":
         return f"reading the prompt: {waiting['prompt_done']} of {waiting['prompt_tokens']} tokens"
     position = waiting["position"]

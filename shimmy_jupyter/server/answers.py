@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..completion import Completion, Delta, Echo
 from ..errors import ShimmyError
-from ..models.lifecycle import ModelStatus
+from ..models.jobs import Progress
+from ..models.library import Described, ModelLibrary
+from ..models.resident import ModelStatus
 from ..types import Ended, Scored, Usage
 
 if TYPE_CHECKING:  # importing it would load pydantic at the server's start
@@ -214,12 +217,12 @@ class EventWriter:
                 self._spliced[-1].append((before, after))
         self._lengths = [0] * parsed.request.n
 
-    async def events(self, completion: Completion) -> AsyncIterator[bytes]:
+    async def events(self, completion: Completion, *, told: bool = False) -> AsyncIterator[bytes]:
         """Everything to send, some events at a time. An error before the first is raised; a later
-        one is the last event. Comments say what it waits for while there is no text.
+        one is the last event, as is the first where something has been `told`. Comments say what it
+        waits for while there is no text.
         """
         data = self._opening(completion.echo)
-        told = False
         while not await completion.wait(PATIENCE):
             yield self._comment(completion)
             told = True
@@ -228,7 +231,7 @@ class EventWriter:
         except ShimmyError as error:
             if not told:
                 raise
-            yield event(error.to_json(self._parsed.request.request_id))
+            yield self.failed(error)
             return
         while deltas:
             yield data + b"".join(self._delta(delta, completion.echo) for delta in deltas)
@@ -236,9 +239,20 @@ class EventWriter:
             try:
                 deltas = await completion.read()
             except ShimmyError as error:
-                yield event(error.to_json(self._parsed.request.request_id))
+                yield self.failed(error)
                 return
         yield data + self._closing(completion)
+
+    async def loading(
+        self, starting: asyncio.Task[Completion], progress: Callable[[], Progress]
+    ) -> AsyncIterator[bytes]:
+        """Comments, until a request has begun or failed: a model may have to be loaded for it."""
+        while not (await asyncio.wait([starting], timeout=PATIENCE))[0]:
+            yield b": " + _dump({"state": "loading", **asdict(progress())}) + b"\n\n"
+
+    def failed(self, error: ShimmyError) -> bytes:
+        """An error where the answer has begun already."""
+        return event(error.to_json(self._parsed.request.request_id))
 
     def _comment(self, completion: Completion) -> bytes:
         """A line that clients of server-sent events pass over, and proxies count as activity."""
@@ -325,6 +339,11 @@ def model(status: ModelStatus) -> dict[str, Any]:
 
 def models(statuses: list[ModelStatus]) -> dict[str, Any]:
     return {"object": "list", "data": [model(status) for status in statuses]}
+
+
+async def library(found: ModelLibrary, models: list[Described]) -> dict[str, Any]:
+    """All models as `shimmy/api/models` lists them, and which one answers where none is named."""
+    return {"models": [one.to_json() for one in models], "default": await found.default()}
 
 
 def _dump(data: dict[str, Any]) -> bytes:

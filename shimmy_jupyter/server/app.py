@@ -10,13 +10,13 @@ from jupyter_server.extension.application import ExtensionApp
 from traitlets import TraitError
 
 from ..compose import build_service
-from ..config import CONFIGURABLES, Settings, settings
+from ..config import CONFIGURABLES, AppTraits, Settings, settings
 from ..errors import Misconfigured
 from ..service import CompletionService
 from .handlers import ROUTES
 
 
-class ShimmyApp(ExtensionApp):
+class ShimmyApp(AppTraits, ExtensionApp):
     """A local language model behind Jupyter's own authentication."""
 
     name = "shimmy_jupyter"

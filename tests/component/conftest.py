@@ -18,10 +18,13 @@ from shimmy_jupyter.engine.backend import Backend, LoadSpec
 from shimmy_jupyter.engine.fake import FakeBackend
 from shimmy_jupyter.engine.isolated import IsolatedBackend
 from shimmy_jupyter.engine.model import LoadedModel
-from shimmy_jupyter.models.catalog import ModelFile
+from shimmy_jupyter.errors import AccessDenied
+from shimmy_jupyter.models.library import ModelLibrary
 from shimmy_jupyter.models.lifecycle import ModelPool
+from shimmy_jupyter.models.sources import Found
 from shimmy_jupyter.service import CompletionService
 
+from ..offered import catalog, found
 from .threads import ThreadProcess
 
 MODEL = "fake"
@@ -39,7 +42,7 @@ class Fakes:
     made: list[FakeBackend] = field(default_factory=list)
     models: list[LoadedModel] = field(default_factory=list)
 
-    async def load(self, _file: ModelFile) -> LoadedModel:
+    async def load(self, _file: Found) -> LoadedModel:
         def backend() -> Backend:
             return IsolatedBackend() if self.isolated else self._made()
 
@@ -90,11 +93,15 @@ def jp_server_config(authorizer_class: type[Authorizer] | None) -> dict[str, Any
     return config
 
 
+def no_puller() -> Any:
+    raise AccessDenied("nothing is downloaded here")
+
+
 @pytest.fixture
 def server(jp_serverapp: Any, fakes: Fakes) -> Any:
     """The running server, its service now on the fake backend. Ends with nothing left over."""
-    file = ModelFile(MODEL, Path("fake.gguf"), 1, 1_700_000_000)
-    service = CompletionService(ModelPool(lambda: [file], fakes.load), default_max_tokens=64)
+    pool = ModelPool(catalog(found(MODEL, Path("fake.gguf"))), fakes.load)
+    service = CompletionService(pool, ModelLibrary(pool, None, no_puller), default_max_tokens=64)
     extension = jp_serverapp.extension_manager.extension_apps["shimmy_jupyter"].pop()
     jp_serverapp.extension_manager.extension_apps["shimmy_jupyter"].add(extension)
     extension.service = service

@@ -13,15 +13,14 @@ import random_gguf
 from shimmy_jupyter.compose import isolated_backend, llama_backend
 from shimmy_jupyter.engine.backend import LoadSpec, Sharing
 from shimmy_jupyter.engine.model import LoadedModel
-from shimmy_jupyter.models.catalog import discover
+from shimmy_jupyter.models.sources import BUNDLED
 from shimmy_jupyter.types import Ended, Message, Prompt, Sampling
 
 GREEDY = Sampling(temperature=0)
 
 
 def self_test_path() -> Path:
-    (bundled,) = discover([])
-    return bundled.path
+    return BUNDLED
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import random_gguf
 from shimmy_jupyter.compose import build_service
 from shimmy_jupyter.config import Settings
 from shimmy_jupyter.errors import EngineCrashed, ModelLoadFailed
+from shimmy_jupyter.models.sources import Places
 from shimmy_jupyter.service import Completion, CompletionService
 from shimmy_jupyter.types import CompletionRequest, FinishReason, Message, Principal, Sampling
 
@@ -34,7 +35,7 @@ def model_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def service(model_path: Path, jp_asyncio_loop: asyncio.AbstractEventLoop) -> Iterator[Any]:
-    made = build_service(Settings(isolation="process", roots=(model_path.parent,)))
+    made = build_service(Settings(isolation="process", places=Places(roots=(model_path.parent,))))
     yield made
     jp_asyncio_loop.run_until_complete(made.close())
 

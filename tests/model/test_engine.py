@@ -22,9 +22,9 @@ from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.llama import facts
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import InvalidValue, ModelLoadFailed, ShuttingDown
-from shimmy_jupyter.models.catalog import discover
 from shimmy_jupyter.types import FinishReason, Message, Sampling
 
+from ..offered import on_disk
 from . import conftest
 from .conftest import GREEDY, ask, loaded, self_test_path
 
@@ -263,7 +263,7 @@ class TestLoading:
         async with loaded(whole) as one, loaded(parts) as other:
             prompt = tuple(b"once upon a time ")
             assert await self.text(one, prompt) == await self.text(other, prompt)
-        sizes = {file.id: file.size_bytes for file in discover([tmp_path]) if not file.bundled}
+        sizes = {file.id: file.size_bytes for file in on_disk(tmp_path) if not file.bundled}
         assert set(sizes) == {"whole", "split"}
         assert sizes["split"] >= sizes["whole"]
         parts.with_name("split-00003-of-00003.gguf").unlink()

@@ -29,6 +29,7 @@ from shimmy_jupyter.config import Settings
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import ShuttingDown
+from shimmy_jupyter.models.sources import Places
 from shimmy_jupyter.service import Completion
 from shimmy_jupyter.types import CompletionRequest, FinishReason, Principal, Sampling
 
@@ -242,7 +243,7 @@ async def test_nothing_holds_the_event_loop(shape: str, folder: Path, isolation:
 @pytest.mark.parametrize("mode", MODES)
 async def test_a_shutdown_does_not_hold_the_event_loop(mode: str, folder: Path) -> None:
     async def life(watch: Watch) -> None:
-        service = build_service(Settings(isolation=mode, roots=(folder,)))
+        service = build_service(Settings(isolation=mode, places=Places(roots=(folder,))))
         watch.phase = "start"
         tasks = [asyncio.create_task(answer(await begin(service, i))) for i in range(40)]
         watch.phase = "close"
@@ -291,7 +292,7 @@ asyncio.run(t.first_load(Path(sys.argv[1]), sys.argv[2]))
 
 async def first_load(folder: Path, mode: str) -> None:
     """In a process that has imported nothing of the engine yet. Prints the gaps."""
-    service = build_service(Settings(isolation=mode, roots=(folder,)))
+    service = build_service(Settings(isolation=mode, places=Places(roots=(folder,))))
     assert "llama_cpp" not in sys.modules
     async with watching() as watch:
         watch.phase = "first load"
@@ -346,7 +347,9 @@ async def test_a_shutdown_with_as_many_waiting_as_running(
     mode: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = names()
-    service = build_service(Settings(isolation=mode, roots=(folder,), max_sequences=16))
+    service = build_service(
+        Settings(isolation=mode, places=Places(roots=(folder,)), max_sequences=16)
+    )
     completions = [await begin(service, i) for i in range(40)]
     (model,) = service.pool.loaded()
     scheduler = model.engine.scheduler

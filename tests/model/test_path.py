@@ -285,7 +285,7 @@ def test_without_a_server_the_kernel_answers_itself_and_says_so(server: RunningS
 def test_a_process_that_used_the_model_ends(leave: str) -> None:
     """With an answer still being made: a script's end must not wait for it, nor print a word."""
     code = f"""
-from shimmy_jupyter.compose import LocalTransport
+from shimmy_jupyter.local import LocalTransport
 from shimmy_jupyter.config import Settings
 local = LocalTransport(Settings())
 body = {{"model": "self-test", "messages": [{{"role": "user", "content": "len"}}], "stream": True}}

@@ -32,7 +32,6 @@ from mutated_gguf import NAMED, RELATIVES, Gguf, Pair, Tensor
 
 from shimmy_jupyter.errors import ModelLoadFailed
 from shimmy_jupyter.models import gguf_reader, gguf_vocabulary
-from shimmy_jupyter.models.catalog import discover
 from shimmy_jupyter.models.gguf import (
     ArrayInfo,
     GgufError,
@@ -43,6 +42,7 @@ from shimmy_jupyter.models.gguf import (
 )
 from shimmy_jupyter.models.gguf_reader import MAX_KEYS, MAX_TENSORS, MAX_TOKENS
 from shimmy_jupyter.models.gguf_vocabulary import TOKENS
+from shimmy_jupyter.models.sources import BUNDLED
 
 BOUND = 128 << 20
 
@@ -163,9 +163,8 @@ class TestValid:
             assert facts.chat_template_sha256 == digest
 
     def test_the_bundled_one(self) -> None:
-        (bundled,) = discover([])
-        facts = validate(bundled.path)
-        agrees(bundled.path, facts)
+        facts = validate(BUNDLED)
+        agrees(BUNDLED, facts)
         assert (facts.kind, facts.quantisation, facts.file_type) == ("model", "Q8_0", 7)
         assert facts.parameters == 3_049_920
 

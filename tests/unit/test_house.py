@@ -27,7 +27,7 @@ MAY_NEED: dict[str, set[str]] = {
     "server": LOW | {"core", "engine", "models", "completion", "service"},
     "notebook": LOW,
 }
-EDGE = {"config", "compose", "kernel", "cli", "bench", "__init__", "server.app"}
+EDGE = {"config", "compose", "local", "kernel", "cli", "doctor", "bench", "__init__", "server.app"}
 """Composition: these put rooms together and may need any of them."""
 IMPURE = {
     "asyncio", "anyio", "threading", "tornado", "llama_cpp", "time", "os", "pathlib", "io",

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from shimmy_jupyter.errors import EngineCrashed, ModelLoadFailed
-from shimmy_jupyter.models.catalog import ModelFile
 from shimmy_jupyter.models.lifecycle import ModelPool
 from shimmy_jupyter.models.quarantine import CRASHES, WINDOW, Quarantine
+from shimmy_jupyter.models.sources import Found
 from shimmy_jupyter.types import Failure
+
+from ..offered import catalog, found
 
 
 class Clock:
@@ -97,10 +99,16 @@ def test_a_file_that_changes_is_free(change: str, clock: Clock, file: Path) -> N
     assert quarantine.reason(file) is None
 
 
+async def get(pool: ModelPool[Crashing]) -> Crashing:
+    async with pool.use("m") as model:
+        return model
+
+
 class Crashing:
     """A resident whose engine has ended by the time it is asked again."""
 
     failure = Failure(EngineCrashed.code, "the engine's process crashed (SIGSEGV)")
+    active = memory_bytes = mapped_bytes = 0
 
     async def close(self) -> None:
         pass
@@ -109,35 +117,35 @@ class Crashing:
 async def test_the_pool_says_so_until_it_is_over(clock: Clock, file: Path) -> None:
     loads = 0
 
-    async def load(_: ModelFile) -> Crashing:
+    async def load(_: Found) -> Crashing:
         nonlocal loads
         loads += 1
         return Crashing()
 
-    entry = ModelFile("m", file, 7, 0)
-    pool = ModelPool(lambda: [entry], load, clock)
+    entry = found("m", file)
+    pool = ModelPool(catalog(entry), load, clock=clock)
     for _ in range(CRASHES):
-        await pool.get("m")
+        await get(pool)
     with pytest.raises(ModelLoadFailed, match=r"m is quarantined: it crashed 3 times.*SIGSEGV"):
-        await pool.get("m")
+        await get(pool)
     (status,) = await pool.status()
     assert status.state == "quarantined"
     assert "SIGSEGV" in str(status.error)
     clock.now += WINDOW
     assert pool.status_of(entry).state == "available"
-    await asyncio.gather(pool.get("m"), pool.get("m"))
+    await asyncio.gather(get(pool), get(pool))
     assert loads == CRASHES + 1
     await pool.close()
 
 
 async def test_crashes_while_loading_count(clock: Clock, file: Path) -> None:
-    async def load(_: ModelFile) -> Crashing:
+    async def load(_: Found) -> Crashing:
         raise EngineCrashed("the engine's process crashed (SIGILL)")
 
-    pool = ModelPool(lambda: [ModelFile("m", file, 7, 0)], load, clock)
+    pool = ModelPool(catalog(found("m", file)), load, clock=clock)
     for _ in range(CRASHES):
         with pytest.raises(ModelLoadFailed, match="m: the engine's process crashed"):
-            await pool.get("m")
+            await get(pool)
     with pytest.raises(ModelLoadFailed, match="quarantined"):
-        await pool.get("m")
+        await get(pool)
     await pool.close()

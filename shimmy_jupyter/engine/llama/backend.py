@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ...core.messages import CloseSlot, OpenSlot, Row, SlotChange, Step
@@ -22,7 +21,7 @@ from .. import processors
 from ..alarm import Alarm
 from ..backend import Embedded, LoadSpec, StepResult
 from ..deep import MAX_TEXT_BYTES
-from . import facts, offload
+from . import facts, files, offload
 from .binding import give_back_memory, initialise, listen, native, quick, why
 from .constraints import Constraints
 from .context import AbortFlag, Context, ContextSpec
@@ -77,12 +76,12 @@ class LlamaBackend:
 
     def _load_model(self, spec: LoadSpec) -> int:
         """Returns the layers that are on a GPU."""
-        wanted = _layers(spec)
+        wanted = offload.layers(spec, _DEFAULT_KV_TOKENS)
         while True:
             params = native.llama_model_default_params()
             params.n_gpu_layers = wanted
             listen()
-            self._model = native.llama_model_load_from_file(os.fsencode(spec.path), params)
+            self._model = files.opened(spec, params)
             if self._model:
                 return wanted
             if not wanted:
@@ -204,7 +203,7 @@ class LlamaBackend:
             )
         kv = facts.KV_TYPES[spec.kv_type]
         per_token = facts.kv_bytes_per_token(self._model, kv)
-        pool, free = spec.kv_tokens, _available_memory()
+        pool, free = spec.kv_tokens, spec.free_bytes or _available_memory()
         if pool * per_token > free:
             raise ModelLoadFailed(
                 f"ShimmyEngine.kv_tokens {pool} needs "
@@ -360,29 +359,6 @@ class LlamaBackend:
         if self._private is not None:
             self._private.close()
             self._private = None
-
-
-def _layers(spec: LoadSpec) -> int:
-    """Layers to offload: as many as were asked for, else as many as fit."""
-    if spec.gpu_layers >= 0:
-        return spec.gpu_layers
-    found = offload.devices()
-    if not found:
-        return 0
-    params = native.llama_model_default_params()
-    params.vocab_only = True
-    model = native.llama_model_load_from_file(os.fsencode(spec.path), params)
-    if not model:
-        return 0  # it will be refused with a reason
-    layers = quick.llama_model_n_layer(model)
-    per_token = facts.kv_bytes_per_token(model, facts.KV_TYPES[spec.kv_type])
-    kv = per_token * (spec.kv_tokens or _DEFAULT_KV_TOKENS)
-    native.llama_model_free(model)
-    fitting = offload.fitting_layers(
-        layers, Path(spec.path).stat().st_size, kv, sum(device.free for device in found)
-    )
-    log.info("offloading %d of %d layers to %s", fitting, layers + 1, found)
-    return fitting
 
 
 def _be_nice(nice: int) -> None:

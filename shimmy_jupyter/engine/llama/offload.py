@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .binding import quick
+from ..backend import LoadSpec
+from . import facts, files
+from .binding import native, quick
+
+log = logging.getLogger("shimmy_jupyter.engine")
 
 _GPU_TYPES = (1, 2)  # ggml_backend_dev_type: discrete and integrated
 _RESERVE = 512 << 20
@@ -70,3 +75,27 @@ def fitting_layers(layers: int, weights: int, kv: int, free: int) -> int:
     """
     share = (weights + kv) / (layers + 1)
     return max(0, min(layers + 1, int((free - _RESERVE) / share))) if share else layers + 1
+
+
+def layers(spec: LoadSpec, kv_tokens: int) -> int:
+    """Layers to offload: as many as were asked for, else as many as fit beside a KV cache of
+    `kv_tokens`, where the specification does not say how large it is.
+    """
+    if spec.gpu_layers >= 0:
+        return spec.gpu_layers
+    found = devices()
+    if not found:
+        return 0
+    params = native.llama_model_default_params()
+    params.vocab_only = True
+    model = files.opened(spec, params)
+    if not model:
+        return 0  # it will be refused with a reason
+    count = quick.llama_model_n_layer(model)
+    per_token = facts.kv_bytes_per_token(model, facts.KV_TYPES[spec.kv_type])
+    kv = per_token * (spec.kv_tokens or kv_tokens)
+    native.llama_model_free(model)
+    weights = sum(Path(path).stat().st_size for path in (spec.path, *spec.parts))
+    fitting = fitting_layers(count, weights, kv, sum(device.free for device in found))
+    log.info("offloading %d of %d layers to %s", fitting, count + 1, found)
+    return fitting

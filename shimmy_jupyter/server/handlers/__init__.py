@@ -8,6 +8,18 @@ from .base import UnknownRouteHandler
 from .completions import ChatCompletionsHandler, CompletionsHandler
 from .embeddings import EmbeddingsHandler, RerankHandler
 from .health import HealthHandler
+from .library import (
+    DiscoverHandler,
+    JobHandler,
+    JobsHandler,
+    LibraryHandler,
+    LibraryModelHandler,
+    LoadHandler,
+    ProbeHandler,
+    PullHandler,
+    UnloadHandler,
+    VerifyHandler,
+)
 from .models import ModelHandler, ModelsHandler
 from .tokens import ApplyTemplateHandler, DetokenizeHandler, TokenizeHandler
 
@@ -21,6 +33,16 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"shimmy/api/tokenize", TokenizeHandler),
     (r"shimmy/api/detokenize", DetokenizeHandler),
     (r"shimmy/api/apply-template", ApplyTemplateHandler),
+    (r"shimmy/api/models", LibraryHandler),
+    (r"shimmy/api/models/discover", DiscoverHandler),
+    (r"shimmy/api/models/pull", PullHandler),
+    (r"shimmy/api/models/([^/]+)", LibraryModelHandler),
+    (r"shimmy/api/models/([^/]+)/load", LoadHandler),
+    (r"shimmy/api/models/([^/]+)/unload", UnloadHandler),
+    (r"shimmy/api/models/([^/]+)/probe", ProbeHandler),
+    (r"shimmy/api/models/([^/]+)/verify", VerifyHandler),
+    (r"shimmy/api/jobs", JobsHandler),
+    (r"shimmy/api/jobs/([^/]+)", JobHandler),
     (r"shimmy/health", HealthHandler),
     (r"shimmy(?:/.*)?", UnknownRouteHandler),
 ]

@@ -12,13 +12,24 @@ from tornado import web
 from tornado.iostream import StreamClosedError
 
 from ...completion import Completion
-from ...errors import Cancelled
+from ...errors import Cancelled, ShimmyError
+from ...models.jobs import Progress
+from ...types import CompletionRequest
 from .. import answers
 from .body import BodyHandler
 
 _SMALL = 64 * 1024
 _NAMED = 20
 """How many ignored fields the header names."""
+
+
+class _Heard:
+    """The last that was said of how far something is, on whichever thread."""
+
+    progress = Progress("starting")
+
+    def __call__(self, progress: Progress) -> None:
+        self.progress = progress
 
 
 class _GeneratingHandler(BodyHandler):
@@ -42,34 +53,57 @@ class _GeneratingHandler(BodyHandler):
         if parsed.ignored:
             self.set_header("x-shimmy-ignored", ignored_names(parsed.ignored))
         created = int(time.time())
-        async with await self.service.start(parsed.request) as completion:
-            self._completion = completion
-            if self._gone:
+        try:
+            if parsed.stream:
+                await self._stream(api.writer(parsed, created), parsed.request)
                 return
-            try:
-                if parsed.stream:
-                    await self._stream(api.writer(parsed, created), completion)
-                else:
+            async with await self.service.start(parsed.request) as completion:
+                self._completion = completion
+                if not self._gone:
                     await self.finish(await api.body(parsed, completion, created))
-            except (StreamClosedError, Cancelled):
-                # The client went away; leaving the block frees its sequence.
-                self.log.debug("request %s: the client disconnected", self.request_id)
+        except (StreamClosedError, Cancelled):
+            # The client went away; leaving the block frees its sequence.
+            self.log.debug("request %s: the client disconnected", self.request_id)
 
-    async def _stream(self, writer: answers.EventWriter, completion: Completion) -> None:
+    async def _stream(self, writer: answers.EventWriter, request: CompletionRequest) -> None:
+        """Headers go with the first event, so a request that fails soon keeps its status."""
+        heard = _Heard()
+        starting = asyncio.create_task(self.service.start(request, heard))
+        starting.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            async for comment in writer.loading(starting, lambda: heard.progress):
+                await self._send(comment)
+            completion = starting.result()
+        except ShimmyError as error:
+            if not self._headers_written:
+                raise
+            await self._send(writer.failed(error))
+        else:
+            async with completion:
+                self._completion = completion
+                if not self._gone:
+                    async for data in writer.events(completion, told=self._headers_written):
+                        await self._send(data)
+        finally:
+            # Where the client went away before it began.
+            starting.cancel()
+            if starting.done() and not (starting.cancelled() or starting.exception()):
+                starting.result().close()
+        if not self._gone:
+            await self.finish(set_content_type="text/event-stream")
+
+    async def _send(self, data: bytes) -> None:
         connection = self.request.connection
         assert connection is not None
-        # Headers go with the first event, so a request that fails soon keeps its status.
-        async for data in writer.events(completion):
-            if self._headers_written:
-                # There is nothing left to transform: past the handler's own buffer.
-                await connection.write(data)
-                continue
-            self.set_header("Content-Type", "text/event-stream")
-            self.set_header("Cache-Control", "no-cache")
-            self.set_header("X-Accel-Buffering", "no")
-            self.write(data)
-            await self.flush()
-        await self.finish(set_content_type="text/event-stream")
+        if self._headers_written:
+            # There is nothing left to transform: past the handler's own buffer.
+            await connection.write(data)
+            return
+        self.set_header("Content-Type", "text/event-stream")
+        self.set_header("Cache-Control", "no-cache")
+        self.set_header("X-Accel-Buffering", "no")
+        self.write(data)
+        await self.flush()
 
 
 class _Api:

@@ -1,0 +1,133 @@
+"""The service in this process, for a kernel without a server and for the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Coroutine, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from .compose import build_service
+from .config import Settings
+from .errors import InternalError, NotFound, ShimmyError
+from .server import answers
+from .types import Principal
+
+T = TypeVar("T")
+
+log = logging.getLogger("shimmy_jupyter")
+
+
+class LocalTransport:
+    """Speaks the HTTP API's bodies and events, so that whoever uses it need not know the difference.
+    Its event loop has a thread of its own: the kernel's is busy running the cell.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._service = build_service(settings)
+        self._loop = asyncio.new_event_loop()
+        # A daemon, and no executor is needed to close: neither may keep the process from ending.
+        self._thread = threading.Thread(target=self._loop.run_forever, name="shimmy", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def get(self, path: str) -> dict[str, Any]:
+        return self._start(self._answer("GET", path, {})).result()
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self._start(self._answer("POST", path, body)).result()
+
+    def delete(self, path: str) -> dict[str, Any]:
+        return self._start(self._answer("DELETE", path, {})).result()
+
+    async def _answer(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What the route would; but who waits here waits for everything."""
+        parts = path.removeprefix("shimmy/").split("/")
+        if method == "GET":
+            return await self._look(parts, path)
+        library, me = self._service.library, Principal("local")
+        match (method, *parts):
+            case ("DELETE", "api", "jobs", id):
+                return library.jobs.cancel(id, me).to_json()
+            case ("POST", "api", "models", "discover"):
+                return await answers.library(library, await library.discover())
+            case ("POST", "api", "models", "pull"):
+                return {"job": (await library.pull(body["model"], me, body.get("sha256"))).id}
+            case ("POST", "api", "models", id, "load" | "unload" | "probe" | "verify" as verb):
+                return {"job": (await getattr(library, verb)(id, me)).id}
+        raise NotFound(f"there is no {path}")
+
+    async def _look(self, parts: list[str], path: str) -> dict[str, Any]:
+        library = self._service.library
+        match parts:
+            case ["v1", "models"]:
+                return answers.models(await self._service.models())
+            case ["api", "models"]:
+                return await answers.library(library, await library.describe(wait=True))
+            case ["api", "models", id]:
+                return (await library.describe_one(id)).to_json()
+            case ["api", "jobs", id]:
+                return library.jobs.get(id, Principal("local")).to_json()
+        raise NotFound(f"there is no {path}")
+
+    @contextlib.contextmanager
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[Iterable[bytes]]:
+        """Events as they are made. Leaving the block cancels the request."""
+        pieces: queue.SimpleQueue[bytes | ShimmyError | None] = queue.SimpleQueue()
+        future = self._start(self._run(path, body, pieces))
+        try:
+            yield _until_none(pieces)
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """End what is running and free the models. Closing twice is fine."""
+        atexit.unregister(self.close)
+        if not self._loop.is_running():
+            return
+        self._start(self._service.close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _run(
+        self,
+        path: str,
+        body: dict[str, Any],
+        pieces: queue.SimpleQueue[bytes | ShimmyError | None],
+    ) -> None:
+        from .server import requests
+
+        chat = path == "shimmy/v1/chat/completions"
+        parse = requests.parse_chat if chat else requests.parse_completion
+        shape = answers.CHAT if chat else answers.COMPLETION
+        try:
+            parsed = parse(body, uuid.uuid4().hex, Principal("local"))
+            async with await self._service.start(parsed.request) as completion:
+                writer = answers.EventWriter(shape, parsed, int(time.time()))
+                async for piece in writer.events(completion):
+                    pieces.put(piece)
+        except ShimmyError as error:
+            pieces.put(error)
+        except Exception as defect:
+            log.exception("a request failed in a way that nobody foresaw")
+            pieces.put(InternalError(f"{type(defect).__name__}: {defect}"))
+        finally:
+            pieces.put(None)
+
+
+def _until_none(pieces: queue.SimpleQueue[bytes | ShimmyError | None]) -> Iterator[bytes]:
+    while (piece := pieces.get()) is not None:
+        if isinstance(piece, ShimmyError):
+            raise piece
+        yield piece
