@@ -56,10 +56,16 @@ def running_server(
     """
     with tempfile.TemporaryDirectory() as folder:
         runtime, log = Path(folder, "runtime"), Path(folder, "log")
+        config = Path(folder, "config")
+        config.mkdir()
+        # Everywhere the same models, whatever this machine has downloaded.
+        found = json.dumps({"ShimmyModels": {"search": []}})
+        (config / "jupyter_server_config.json").write_text(found)
         env = {
             **os.environ,
             "JUPYTER_RUNTIME_DIR": str(runtime),
-            "JUPYTER_CONFIG_DIR": str(Path(folder, "config")),
+            "JUPYTER_CONFIG_DIR": str(config),
+            "JUPYTER_DATA_DIR": str(Path(folder, "data")),
             **(environment or {}),
         }
         command = [sys.executable, "-m", "jupyter_server", "--no-browser", "--allow-root"]

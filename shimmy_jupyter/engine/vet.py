@@ -167,8 +167,10 @@ class _Vet:
 
     def _spec(self, threads: int) -> LoadSpec:
         # No `context_size`, which may be no larger than the model's own, and that is not known yet.
+        first, *parts = self._request.files[: -1 if self._request.adapter else None]
         return LoadSpec(
-            str(self._request.files[0]),
+            str(first),
+            parts=tuple(map(str, parts)),
             kv_tokens=self._request.context_tokens,
             sequences=1,
             batch_tokens=_BATCH,

@@ -111,6 +111,10 @@ class Vetting:
         digests: list[str] = []
         before = 0
         for part in found.parts:
+            if (known := self.hashes.known(part)) is not None:
+                digests.append(known)
+                before += part.stat().st_size
+                continue
 
             def progress(done: int, total: int, before: int = before) -> None:
                 report(Progress("hashing", before + done, found.size_bytes, "bytes"))

@@ -9,6 +9,7 @@ kernel when there is no server; start-up imports; a password-only server's kerne
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import subprocess
@@ -27,6 +28,8 @@ from jupyter_server.auth import passwd
 from kernel_session import Kernel, RunningServer, kernel, running_server, text_of
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
+
+from shimmy_jupyter.models.sources import BUNDLED
 
 THINKS = random_gguf.CHATML + "{% if enable_thinking == false %}<think></think>{% endif %}"
 LEN = "Return the number of items in a container."
@@ -387,8 +390,24 @@ def test_command_line(tmp_path: Path) -> None:
         == LEN + "\n"
     )
     assert shimmy("generate", "--model", "self-test", "--max-tokens", "0", "hi").stdout == "\n"
-    assert shimmy("models").stdout.split() == ["self-test", "3.2", "MB", "shimmy"]
-    assert json.loads(shimmy("models", "--json").stdout)[0]["id"] == "self-test"
+    row = shimmy("models").stdout.splitlines()[1].split()
+    assert row == [
+        "*",
+        "self-test",
+        "3.3",
+        "MB",
+        "Q8_0",
+        "3,049,920",
+        "1,024",
+        "bundled",
+        "available",
+    ]
+    listed = json.loads(shimmy("models", "--json").stdout)
+    assert [model["id"] for model in listed["models"]] == [listed["default"]] == ["self-test"]
+    digest = hashlib.sha256(BUNDLED.read_bytes()).hexdigest()
+    assert digest in shimmy("verify", "self-test").stdout
+    assert shimmy("verify", "self-test", "--sha256", "0" * 64).returncode == 1
+    assert json.loads(shimmy("probe", "--json", "self-test").stdout)["outcome"] == "ok"
     failed = shimmy("generate", "--model", "ghost", "hi")
     assert failed.returncode == 1
     assert "model_not_found" in failed.stderr

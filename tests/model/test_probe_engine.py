@@ -425,7 +425,7 @@ facts = {
     "status": Path("/proc/self/status").read_text() if found["itself"] == "done" else "",
 }
 print(json.dumps([confined, found, facts]))
-"""  # noqa: E501
+"""
 
 NEEDED = {
     "its file", "a library", "processors", "memory free", "itself", "a thread",
