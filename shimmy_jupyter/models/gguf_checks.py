@@ -27,6 +27,7 @@ from .gguf import (
 from .gguf_reader import MAX_TENSORS, read
 from .gguf_vocabulary import Words, check_vocabulary
 
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PART = re.compile(r"(?P<stem>.*)-00001-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 _MOST_PARTS = 1024
 _MOST_LAYERS, _MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
@@ -103,8 +104,11 @@ def checked(path: Path, files: Sequence[Path] = ()) -> GgufFacts:
 
 def _kind(header: Header) -> str:
     said = header.metadata.get("general.type", "model")
-    if not header.text("general.architecture"):
+    arch = header.text("general.architecture")
+    if not arch:
         raise GgufError("general.architecture is missing")
+    if not _ARCHITECTURE.fullmatch(arch):  # it is part of other keys, which are shown
+        raise GgufError(f"general.architecture {shown(arch)} is no architecture's name")
     if said == "adapter":
         return "adapter"
     if said in {"mmproj", "projector"} or header.text("general.architecture") == "clip":
