@@ -8,7 +8,7 @@ LLAMA_WHEEL ?=
 BENCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: help demo lab test lint types unit component model notebooks bench bench-quick report soak clean
+.PHONY: help demo lab test lint types unit component model mutants fuzz notebooks bench bench-quick report soak clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -76,13 +76,19 @@ $(VENV)/.suite: | $(VENV)/.test
 
 unit: $(VENV)/.test $(VENV)/.source $(VENV)/.suite ## The core and everything that needs no server
 	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) \
-		JSON_SCHEMA_SUITE=$(wildcard $(SUITE)/*/json/tests/draft2020-12) $(BIN)/python -m pytest tests/unit
+		JSON_SCHEMA_SUITE=$(wildcard $(SUITE)/*/json/tests/draft2020-12) GGUF_FUZZ_SECONDS=60 $(BIN)/python -m pytest tests/unit
 
 component: $(VENV)/.test ## A real Jupyter server, the scripted backend
 	$(BIN)/python -m pytest tests/component
 
 model: $(VENV)/.test $(VENV)/.source $(VENV)/.minilm ## The real engine, real servers, real kernels
 	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) $(BIN)/python -m pytest tests/model
+
+mutants: $(VENV)/.test $(VENV)/.minilm ## 5,000 mutated model files: each refused with a reason, or it answers
+	GGUF_MUTANTS=5000 $(BIN)/python -m pytest -s tests/model/test_gguf_engine.py
+
+fuzz: $(VENV)/.test ## An hour of damaged headers for the reader of model files
+	$(BIN)/python scripts/fuzz_gguf.py --seconds 3600
 
 notebooks: $(VENV)/.test ## The notebooks still say what they say
 	IPYTHONDIR=$(CURDIR)/tests/ipython $(BIN)/python scripts/with_server.py $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg notebooks
