@@ -5,7 +5,9 @@ command line. The only place that names concrete parts of several rooms at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
@@ -77,10 +79,16 @@ def build_service(settings: Settings) -> CompletionService:
     )
     return CompletionService(
         pool,
-        ModelLibrary(pool, vetting, lambda: build_puller(settings)),
+        ModelLibrary(pool, vetting, lambda: build_puller(settings), _engine_version()),
         default_max_tokens=settings.default_max_tokens,
         max_seconds=settings.max_seconds,
     )
+
+
+def _engine_version() -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("llama-cpp-python")
+    return ""
 
 
 def build_vetting(settings: Settings) -> Vetting:

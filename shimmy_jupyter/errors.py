@@ -8,6 +8,7 @@ ShimmyError
 │   ├── ContextLengthExceeded               context_length_exceeded
 │   └── RequestTooLarge                413  request_too_large
 ├── ModelNotFound                      404  model_not_found
+├── ModelDrifted                       409  model_drifted: it is not what the request pins
 ├── NotFound                           404  not_found
 ├── MethodNotAllowed                   405  method_not_allowed
 ├── AccessDenied                       403  policy_denied
@@ -104,6 +105,12 @@ class RequestTooLarge(RequestError):
 class ModelNotFound(ShimmyError):
     code = "model_not_found"
     status = 404
+    type = "invalid_request_error"
+
+
+class ModelDrifted(ShimmyError):
+    code = "model_drifted"
+    status = 409
     type = "invalid_request_error"
 
 

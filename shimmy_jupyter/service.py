@@ -156,6 +156,8 @@ class CompletionService:
     async def _encoded(
         self, request: CompletionRequest, held: AsyncExitStack, report: Report
     ) -> _Prepared:
+        if request.pin is not None:
+            await self.library.hold(request.model, request.adapter, request.pin)
         model = await held.enter_async_context(self.pool.use(request.model, report))
         report(_COUNTING)
         if not model.facts.can_generate:

@@ -123,6 +123,21 @@ class ChatOptions:
     variables: Mapping[str, object] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class PinnedModel:
+    """The bytes that are to answer, and nothing else: `size` of all files together, the SHA-256 of the
+    first and of its further `parts` in order, of the chat template's UTF-8 and of the adapter that the
+    request names; the least context in tokens. What is None is not pinned.
+    """
+
+    size: int
+    sha256: str
+    parts: tuple[str, ...] = ()
+    chat_template: str | None = None
+    context_size: int | None = None
+    adapter: str | None = None
+
+
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
 """Raw text, token ids, or chat messages (a tuple of `Message`, never empty)."""
 
@@ -149,6 +164,8 @@ class CompletionRequest:
     """Choices: answers to the same prompt, each with a seed of its own."""
     reproducible: bool = False
     """The same bytes every time, on one machine and engine build, whatever else is going on."""
+    pin: PinnedModel | None = None
+    """Where it is given, another model's answer is no answer."""
     max_seconds: float | None = None
     """From submission to the end; then the request fails with `deadline_exceeded`."""
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AccessDenied, ModelLoadFailed
-from ..types import Principal
+from ..errors import AccessDenied, ModelDrifted, ModelLoadFailed, UnsupportedParameter
+from ..types import PinnedModel, Principal
 from .gguf import GgufFacts
 from .jobs import Job, Jobs, Progress, Report, Stopped, in_thread
 from .lifecycle import ModelPool
@@ -67,12 +67,17 @@ class Described:
 
 class ModelLibrary:
     """`vetting` None only where nothing real is loaded. `puller` makes what downloads, when it is first
-    needed, or raises `AccessDenied` where nobody may.
+    needed, or raises `AccessDenied` where nobody may. `engine` is its version.
     """
 
     def __init__(
-        self, pool: ModelPool[Any], vetting: Vetting | None, puller: Callable[[], Puller]
+        self,
+        pool: ModelPool[Any],
+        vetting: Vetting | None,
+        puller: Callable[[], Puller],
+        engine: str = "",
     ) -> None:
+        self.engine = engine
         self.pool, self.jobs = pool, Jobs()
         self._vetting = vetting
         self._make_puller = puller
@@ -169,6 +174,25 @@ class ModelLibrary:
                     fit = vetting.fit(facts, available).to_json()
             described.append(Described(status, facts, digests, fit))
         return described
+
+    async def hold(self, id: str, adapter: str, pin: PinnedModel) -> None:
+        """See to it that a model is what a request pins. Raises `ModelDrifted` with every difference,
+        `ModelNotFound`, `ModelLoadFailed`.
+        """
+        vetting = self._vetting
+        if vetting is None:
+            raise UnsupportedParameter("models are not verified here", param="pin")
+        found = await self.pool.catalog.find(id)
+        other = await self.pool.catalog.find(adapter) if adapter else None
+        drifts = await in_thread(lambda stopped: vetting.differences(found, other, pin, stopped))
+        said = [str(one) for one in drifts]
+        held = self.pool.status_of(found).vetted
+        if held is not None and held.digests not in {(), (pin.sha256, *pin.parts)}:
+            said.append(
+                "what is in memory is another file than the one that is there now: unload it"
+            )
+        if said:
+            raise ModelDrifted(f"{id} is not what is pinned: {'; '.join(said)}", param="pin")
 
     # Doing
 

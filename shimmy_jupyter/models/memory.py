@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from ..errors import InvalidValue
 from .gguf import GgufFacts, memory_needed
 
-_DEFAULT_CONTEXT = 8192
+DEFAULT_CONTEXT = 8192
 _CELLS = 256
 """A KV cache has a multiple of so many tokens."""
 _KV_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}
@@ -92,14 +92,14 @@ def fit(
     if facts.kind in {"adapter", "projector"}:
         return Fit(facts.size_bytes, usable, facts.size_bytes <= usable, 0)
     base = memory_needed(facts, 0)
-    trained = facts.context_size or _DEFAULT_CONTEXT
+    trained = facts.context_size or DEFAULT_CONTEXT
     per_token = 0 if facts.kind == "embedding" else facts.kv_bytes_per_token
 
     def cache(tokens: int) -> int:
         cells = -(-tokens // _CELLS) * _CELLS
         return cells * per_token * _KV_BYTES[kv_type] // _KV_BYTES["f16"]
 
-    needed = base + cache(kv_tokens or context_size or min(trained, _DEFAULT_CONTEXT))
+    needed = base + cache(kv_tokens or context_size or min(trained, DEFAULT_CONTEXT))
     if base + cache(trained) <= usable:
         longest = trained
     elif base > usable:

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelLoadFailed
+from ..types import PinnedModel
 from .catalog import HeaderFacts, stamp_of
+from .drift import Drift, drift
+from .drift import Found as Here
 from .gguf import GgufFacts
 from .hashes import Hashes, key_of
-from .jobs import Progress, Report, Stopped
-from .memory import Fit, fit
+from .jobs import Progress, Report, Stopped, unheard
+from .lockschema import Adapter, Pin
+from .memory import DEFAULT_CONTEXT, Fit, fit
 from .probe import Prober, Verdict
 from .sources import Found
 
@@ -28,6 +32,7 @@ _WORDS = {
     "projector": "a projector, which goes with a model that sees images",
     "unknown": "no model that is known here",
 }
+_ADAPTER = "adapter"
 _ABOUT_BYTES = {"refused", "crashed", "illegal_instruction", "hung"}
 
 
@@ -197,6 +202,41 @@ class Vetting:
             adapter=adapter,
             cancelled=stopped,
             stage=stage,
+        )
+
+    def differences(
+        self, found: Found, adapter: Found | None, pin: PinnedModel, stopped: Stopped
+    ) -> list[Drift]:
+        """What of a model is not as it is pinned. Reads its bytes where they are not known. Raises
+        `ModelLoadFailed` and `Cancelled`.
+        """
+        facts, digests = self.facts(found), self.digests(found, unheard, stopped)
+        names = [_ADAPTER] if pin.adapter is not None else []
+        here = {}
+        if adapter is not None:
+            self.facts(adapter)
+            here[_ADAPTER] = self.digests(adapter, unheard, stopped)[0]
+        wanted = Pin(
+            file=found.path.name,
+            size=pin.size,
+            sha256=pin.sha256,
+            parts=pin.parts,
+            chat_template=pin.chat_template,
+            context_size=pin.context_size,
+            adapters=tuple(Adapter(name, pin.adapter or "") for name in names),
+        )
+        context = self._needs.context_size or min(facts.context_size, DEFAULT_CONTEXT)
+        return drift(
+            wanted,
+            Here(
+                size=found.size_bytes,
+                sha256=digests[0],
+                parts=digests[1:],
+                context_size=context,
+                engine="",
+                chat_template=facts.chat_template_sha256,
+                adapters=here,
+            ),
         )
 
     def adapter(self, base: Vetted, found: Found, report: Report, stopped: Stopped) -> Path:

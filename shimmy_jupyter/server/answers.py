@@ -343,7 +343,11 @@ def models(statuses: list[ModelStatus]) -> dict[str, Any]:
 
 async def library(found: ModelLibrary, models: list[Described]) -> dict[str, Any]:
     """All models as `shimmy/api/models` lists them, and which one answers where none is named."""
-    return {"models": [one.to_json() for one in models], "default": await found.default()}
+    return {
+        "models": [one.to_json() for one in models],
+        "default": await found.default(),
+        "engine": found.engine,
+    }
 
 
 def _dump(data: dict[str, Any]) -> bytes:

@@ -38,7 +38,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _MOST_FIELDS = 200
 _MOST_KEYS = {"logit_bias": 1024, "chat_template_kwargs": 32}
 _FIELDS = tuple(
-    "content description include_usage json_schema name role schema strict text type value".split()
+    "adapter chat_template content context_size description include_usage json_schema name parts role"
+    " schema sha256 size strict text type value".split()
 )
 
 
@@ -52,6 +53,7 @@ def _unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_unicode)]
 Name = Annotated[Text, Field(min_length=1, max_length=256)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Tokens = Annotated[int, Field(ge=0, le=LIMIT)]
 
 

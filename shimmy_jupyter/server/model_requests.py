@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from .fields import Body, Text, validated
+from .fields import Body, Digest, Text, validated
 
 
 class _Empty(Body):
@@ -16,7 +16,7 @@ class _Empty(Body):
 
 class _Pull(_Empty):
     model: Annotated[Text, Field(min_length=1, max_length=2048)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    sha256: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import ConfigDict, Field, PlainValidator
 
 from ..errors import InvalidValue, UnsupportedParameter
 from ..types import (
@@ -21,11 +21,12 @@ from ..types import (
     CompletionRequest,
     Constraint,
     Message,
+    PinnedModel,
     Principal,
     Prompt,
     Sampling,
 )
-from .fields import LIMIT, Body, Name, Text, Tokens, as_prompt, ignored, validated
+from .fields import LIMIT, Body, Digest, Name, Text, Tokens, as_prompt, ignored, validated
 
 _MESSAGE_NEUTRAL = ("audio", "function_call", "refusal", "tool_call_id", "tool_calls")
 _MOST_CHOICES = 16
@@ -67,6 +68,16 @@ class _ResponseFormat(Body):
     json_schema: _JsonSchema | None = None
 
 
+class _Pin(Body):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    size: Annotated[int, Field(ge=0, lt=2**63)]
+    sha256: Digest
+    parts: Annotated[list[Digest], Field(max_length=1024)] | None = None
+    chat_template: Digest | None = None
+    context_size: Annotated[int, Field(ge=1, le=LIMIT)] | None = None
+    adapter: Digest | None = None
+
+
 class _StreamOptions(Body):
     include_usage: bool | None = None
 
@@ -91,6 +102,7 @@ class _Common(Body):
     response_format: _ResponseFormat | None = None
     grammar: _Grammar | None = None
     adapter: Name | None = None
+    pin: _Pin | None = None
     logit_bias: dict[str, Bias] | None = None
     reproducible: bool | None = None
     max_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -212,6 +224,7 @@ def _parsed(
         adapter=body.adapter or "",
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         reproducible=bool(body.reproducible),
+        pin=_pinned(body),
         max_seconds=body.max_seconds,
     )
     options = body.stream_options
@@ -222,6 +235,22 @@ def _parsed(
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
         ignored=(*ignored(body.model_extra or {}), *_ignored_inside(body)),
+    )
+
+
+def _pinned(body: _Common) -> PinnedModel | None:
+    pin = body.pin
+    if pin is None:
+        return None
+    if (pin.adapter is None) != (body.adapter is None):
+        raise InvalidValue("of a pinned model the adapter is pinned too", param="pin.adapter")
+    return PinnedModel(
+        pin.size,
+        pin.sha256,
+        tuple(pin.parts or ()),
+        pin.chat_template,
+        pin.context_size,
+        pin.adapter,
     )
 
 

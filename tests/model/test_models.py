@@ -26,11 +26,17 @@ import random_gguf
 
 from shimmy_jupyter.compose import build_service
 from shimmy_jupyter.config import Settings
-from shimmy_jupyter.errors import ModelLoadFailed, ShimmyError, UnsupportedParameter
+from shimmy_jupyter.errors import ModelDrifted, ModelLoadFailed, ShimmyError, UnsupportedParameter
 from shimmy_jupyter.models.jobs import Job
 from shimmy_jupyter.models.sources import Places
 from shimmy_jupyter.service import CompletionService
-from shimmy_jupyter.types import CompletionRequest, EmbeddingRequest, Principal, Sampling
+from shimmy_jupyter.types import (
+    CompletionRequest,
+    EmbeddingRequest,
+    PinnedModel,
+    Principal,
+    Sampling,
+)
 
 from .test_embedding import tiny_bert
 
@@ -337,3 +343,79 @@ async def test_probe_again_and_verify(rig: Rig, probe: bool) -> None:
         assert isinstance(job.error, ShimmyError)
         assert "ShimmyModels.probe is off" in job.error.message
     assert await ask(service, "m")
+
+
+class TestPinned:
+    """A request that says which bytes are to answer."""
+
+    async def pin(self, service: CompletionService, id: str, **changed: Any) -> PinnedModel:
+        job = await service.library.verify(id, ME)
+        await job.wait()
+        assert job.result is not None, job.error
+        found = (await service.library.describe_one(id)).to_json()
+        pin = PinnedModel(
+            found["size_bytes"],
+            job.result["sha256"][0],
+            tuple(job.result["sha256"][1:]),
+            found["chat_template"],
+            512,
+        )
+        return replace(pin, **changed)
+
+    async def test_what_is_pinned_answers(self, rig: Rig) -> None:
+        random_gguf.write(rig.models / "m.gguf")
+        random_gguf.write(rig.models / "s.gguf", split=7)
+        random_gguf.write_adapter(rig.models / "fine.gguf")
+        service = rig.service()
+        assert await ask(service, "m", pin=await self.pin(service, "m")) == await ask(service, "m")
+        assert await ask(service, "s", pin=await self.pin(service, "s"))
+        adapter = hashlib.sha256((rig.models / "fine.gguf").read_bytes()).hexdigest()
+        pin = await self.pin(service, "m", adapter=adapter)
+        assert await ask(service, "m", adapter="fine", pin=pin)
+        with pytest.raises(ModelDrifted, match=r"adapters\.adapter: the adapter .* other bytes"):
+            await ask(service, "m", adapter="fine", pin=replace(pin, adapter="0" * 64))
+
+    @pytest.mark.parametrize(
+        ("changed", "why"),
+        [
+            ({"sha256": "0" * 64}, "sha256: the file holds other bytes: 0000.* is pinned"),
+            ({"size": 7}, "size: the model has another number of bytes: 7 is pinned"),
+            ({"parts": ("1" * 64,)}, r"parts\[0\]: a further file"),
+            ({"chat_template": "2" * 64}, "another chat template"),
+            ({"context_size": 100_000}, "cannot have so long a context here"),
+        ],
+    )
+    async def test_what_is_not_is_refused_before_it_is_loaded(
+        self, rig: Rig, changed: dict[str, Any], why: str
+    ) -> None:
+        random_gguf.write(rig.models / "m.gguf")
+        service = rig.service()
+        pin = await self.pin(service, "m", **changed)
+        with pytest.raises(ModelDrifted, match=rf"^m is not what is pinned: .*{why}") as caught:
+            await ask(service, "m", pin=pin)
+        assert (caught.value.status, caught.value.param) == (409, "pin")
+        assert service.pool.loaded() == []
+
+    async def test_every_difference_at_once(self, rig: Rig) -> None:
+        random_gguf.write(rig.models / "m.gguf")
+        service = rig.service()
+        pin = await self.pin(service, "m", sha256="0" * 64, size=7, context_size=100_000)
+        with pytest.raises(ModelDrifted) as caught:
+            await ask(service, "m", pin=pin)
+        assert caught.value.message.count(" is pinned, ") == 3
+
+    async def test_a_file_that_was_replaced_while_it_is_in_memory(self, rig: Rig) -> None:
+        path = random_gguf.write(rig.models / "m.gguf")
+        service = rig.service()
+        before = await self.pin(service, "m")
+        assert await ask(service, "m", pin=before)
+        path.unlink()  # as downloads do it: what is in memory stays what it was
+        random_gguf.write(path, seed=9)
+        await service.library.discover()
+        with pytest.raises(ModelDrifted, match="sha256: the file holds other bytes"):
+            await ask(service, "m", pin=before)
+        after = await self.pin(service, "m")
+        with pytest.raises(ModelDrifted, match="what is in memory is another file"):
+            await ask(service, "m", pin=after)
+        await service.pool.unload("m")
+        assert await ask(service, "m", pin=after)
