@@ -221,8 +221,8 @@ class AppTraits(HasTraits):
     )
 
 
-class _App(AppTraits, Configurable):
-    """The same, where there is no server."""
+class WithoutServer(AppTraits, Configurable):
+    """The same where there is no server, under a name that a section can have."""
 
 
 CONFIGURABLES: tuple[type[Configurable], ...] = (ShimmyEngine, ShimmyModels, ShimmyLimits)
@@ -274,7 +274,7 @@ def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Set
             text.encode()
         except UnicodeEncodeError as error:
             raise TraitError(f"ShimmyEngine.public_prefixes is no text: {error}") from None
-    app = _App(config=Config({"_App": config.get("ShimmyApp", {})}))
+    app = WithoutServer(config=Config({"WithoutServer": config.get("ShimmyApp", {})}))
     switched_off = environment.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
     return Settings(
         context_size=engine.context_size,

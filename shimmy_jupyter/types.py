@@ -284,3 +284,12 @@ class ModelFacts:
     """The special tokens before the prefix, the suffix and the middle, of a model that can infill."""
     notes: tuple[str, ...] = ()
     """What an administrator should know, such as a GPU that this build cannot use."""
+
+
+def amount(size: float) -> str:
+    """A number of bytes for people, in units of 1000."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -89,14 +89,6 @@ def _pace(done: int, left: int, seconds: float) -> str:
     return f", {rate / 1e6:.1f} MB/s, {minutes}:{rest:02} left"
 
 
-def size(number: float) -> str:
-    """Bytes for people, in units of 1000."""
-    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= least:
-            return f"{number / least:.1f} {unit}"
-    return f"{number:.0f} B"
-
-
 def table(rows: list[list[str]]) -> str:
     """Columns as wide as they need; the first row is their heads."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

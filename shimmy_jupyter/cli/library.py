@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..notebook.display import clean
-from .follow import follow, said, size, table
+from ..types import amount
+from .follow import follow, said, table
 from .local import Local
 
+if TYPE_CHECKING:
+    from ..models.suggest import Suggestion
+
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
-_SHORT = 100
+_EASY = 4e9
+"""Bytes of memory of a model that answers at a bearable speed without a GPU."""
 
 
 def _dump(found: Any) -> None:
@@ -48,7 +54,7 @@ def _listed(found: dict[str, Any]) -> str:
         if fit is not None and not fit["ok"] and state == "available":
             state = "does not fit"
             notes.append(
-                f"{model['id']}: needs {size(fit['needed'])}, {size(fit['available'])} available"
+                f"{model['id']}: needs {amount(fit['needed'])}, {amount(fit['available'])} available"
             )
         if model["error"]:
             notes.append(f"{model['id']}: {clean(model['error'])}")
@@ -57,7 +63,7 @@ def _listed(found: dict[str, Any]) -> str:
             [
                 "*" if model["id"] == found["default"] else "",
                 model["id"],
-                size(model["size_bytes"]),
+                amount(model["size_bytes"]),
                 f"{kind}{clean(model['quantization'] or '')}".strip() or "?",
                 f"{parameters / 1e9:.2f}B"
                 if parameters and parameters >= 5e6
@@ -106,26 +112,32 @@ def _suggest(found: dict[str, Any], task: str | None, *, as_json: bool) -> None:
         )
         return
     if not chosen:
-        raise click.ClickException(f"nothing in the list fits into {size(room)} of memory")
+        raise click.ClickException(f"nothing in the list fits into {amount(room)} of memory")
     rows = [["", "NAME", "FOR", "DOWNLOAD", "MEMORY", "LICENCE", "WHAT IT IS"]]
     rows += [
         [
             "✓" if one.repo in here else "",
             one.id,
             ", ".join(one.tasks),
-            size(one.size_bytes),
-            size(one.memory_bytes),
+            amount(one.size_bytes),
+            amount(one.memory_bytes),
             one.licence,
             one.note,
         ]
         for one in chosen
     ]
-    click.echo(f"Models that fit into this machine's {size(total)} of memory:\n")
+    click.echo(f"Models that fit into this machine's {amount(total)} of memory:\n")
     click.echo(table(rows))
     if any(one.repo in here for one in chosen):
         click.echo("✓ is here already")
-    first = next((one for one in chosen if one.repo not in here), chosen[0])
-    click.echo(f"\nNext: shimmy pull {first.reference}")
+    click.echo(f"\nNext: shimmy pull {_first(chosen, here, room)}")
+
+
+def _first(chosen: Sequence[Suggestion], here: set[str], room: int) -> str:
+    """The largest that leaves memory to work with, and is no day's download."""
+    left = [one for one in chosen if one.repo not in here] or chosen
+    easy = [one for one in left if one.memory_bytes <= min(room / 2, _EASY)]
+    return max(easy or left, key=lambda one: one.memory_bytes if easy else -one.memory_bytes).id
 
 
 @click.command()
@@ -149,7 +161,7 @@ def _verdict(name: str, verdict: dict[str, Any], model: dict[str, Any]) -> str:
         return f"{name}: {verdict['outcome'].replace('_', ' ')}: {clean(verdict['reason'])}"
     rows = [
         ("load", f"{verdict['load_seconds']:.2f} s" if verdict["load_seconds"] else ""),
-        ("memory", size(verdict["memory_bytes"]) if verdict["memory_bytes"] else ""),
+        ("memory", amount(verdict["memory_bytes"]) if verdict["memory_bytes"] else ""),
         ("context", f"{_number(verdict['context_size'])} tokens"),
         ("chat template", (verdict["chat_template_sha256"] or "none")[:16]),
         ("sha256", model["sha256"] or ""),
@@ -207,6 +219,6 @@ def pull(model: str, sha256: str | None, *, as_json: bool) -> None:
     for note in found["notes"]:
         said(note)
     was = "downloaded" if found["new"] else "was here already"
-    click.echo(f"{size(found['size_bytes'])} {was}")
+    click.echo(f"{amount(found['size_bytes'])} {was}")
     if found["ids"]:
         click.echo(f'\nNext: shimmy generate --model {found["ids"][0]} "What is a list?"')

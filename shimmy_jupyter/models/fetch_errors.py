@@ -12,6 +12,7 @@ from ..errors import (
     FetchRefused,
     FileExists,
 )
+from ..types import amount as in_words
 
 __all__ = [
     "ChecksumMismatch",
@@ -22,13 +23,3 @@ __all__ = [
     "FileExists",
     "in_words",
 ]
-
-
-def in_words(size: int) -> str:
-    """A number of bytes for people, in units of 1000."""
-    amount = float(size)
-    for unit in ("bytes", "kB", "MB"):
-        if amount < 1000:
-            return f"{amount:.0f} bytes" if unit == "bytes" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} GB"

@@ -21,6 +21,10 @@ class Transport(Protocol):
 
     def get(self, path: str) -> dict[str, Any]: ...
 
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]: ...
+
+    def delete(self, path: str) -> dict[str, Any]: ...
+
     def stream(self, path: str, body: dict[str, Any]) -> AbstractContextManager[Iterable[bytes]]:
         """The answer's server-sent events as they arrive. Leaving the block cancels the request."""
         ...
@@ -90,8 +94,17 @@ class HttpTransport:
         )
 
     def get(self, path: str) -> dict[str, Any]:
+        return self._asked("GET", path)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self._asked("POST", path, json=body)
+
+    def delete(self, path: str) -> dict[str, Any]:
+        return self._asked("DELETE", path)
+
+    def _asked(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         with self._errors():
-            response = self._client.get(path, timeout=30.0)
+            response = self._client.request(method, path, timeout=30.0, **more)
             self._check(response)
             return dict(response.json())
 
@@ -104,7 +117,7 @@ class HttpTransport:
             yield response.iter_bytes()
 
     def _check(self, response: httpx.Response) -> None:
-        if response.status_code == httpx.codes.OK:
+        if response.is_success:
             return
         try:
             raise _error(response.json())

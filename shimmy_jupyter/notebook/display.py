@@ -38,6 +38,11 @@ def _shown(text: str) -> str:
     return html.escape(_inert_tex(text))
 
 
+def inert(text: str) -> str:
+    """For HTML: as it stands, and without effect."""
+    return _shown(clean(text))
+
+
 def _inert_tex(text: str) -> str:
     return _TEX.sub("\\\\\u200b", text)
 

@@ -1,0 +1,118 @@
+"""`%shimmy models` and `%shimmy pull`: commands beside prompts. A line is one only where all of it reads as
+one, so that `%shimmy models of the atom` is a prompt.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import from_code
+from ..types import amount
+from .client import Transport
+from .display import clean, inert
+
+_PULL = re.compile(r"pull\s+(\S+)(?:\s+--sha256[=\s]([0-9a-fA-F]{64}))?")
+_POLL = 0.2
+Show = Callable[[str, str], None]
+"""Takes a text, and the same as HTML; each time in place of the last."""
+
+
+def command(line: str) -> Callable[[Transport, Show], None] | None:
+    """What a line asks for, if it is a command."""
+    text = line.strip()
+    if text == "models":
+        return _models
+    if match := _PULL.fullmatch(text):
+        model, digest = match[1], match[2]
+
+        def pull(transport: Transport, show: Show) -> None:
+            _pull(transport, show, model, digest.lower() if digest else None)
+
+        return pull
+    return None
+
+
+def follow(
+    transport: Transport,
+    id: str,
+    show: Callable[[dict[str, Any]], None],
+    pause: Callable[[float], None] = time.sleep,
+) -> dict[str, Any]:
+    """A job's result, once it has ended. Raises what it failed by; interrupting stops it."""
+    path = f"shimmy/api/jobs/{id}"
+    try:
+        while (look := transport.get(path))["state"] == "running":
+            show(look)
+            pause(_POLL)
+    except KeyboardInterrupt:
+        transport.delete(path)
+        raise
+    if (error := look["error"]) is not None:
+        raise from_code(error["code"], error["message"], param=error["param"])
+    found: dict[str, Any] = look["result"]
+    return found
+
+
+def _models(transport: Transport, show: Show) -> None:
+    found = transport.get("shimmy/api/models")
+    rows = [("", "model", "size", "type", "context", "state")]
+    for model in found["models"]:
+        fit = model["fit"]
+        state = model["state"]
+        if state == "available" and fit is not None and not fit["ok"]:
+            state = f"needs {amount(fit['needed'])}, {amount(fit['available'])} available"
+        rows.append(
+            (
+                "*" if model["id"] == found["default"] else "",
+                model["id"],
+                amount(model["size_bytes"]),
+                clean(model["quantization"] or model["kind"]),
+                f"{model['context']:,}" if model["context"] else "",
+                clean(model["error"]) if model["error"] else state,
+            )
+        )
+    show(_plain(rows), _table(rows))
+
+
+def _pull(transport: Transport, show: Show, model: str, digest: str | None) -> None:
+    body = {"model": model} | ({"sha256": digest} if digest is not None else {})
+    job = transport.post("shimmy/api/models/pull", body)["job"]
+
+    def say(text: str) -> None:
+        show(text, f"<p>{inert(text)}</p>")
+
+    try:
+        found = follow(transport, job, lambda look: say(_progress(look)))
+    except KeyboardInterrupt:
+        say("stopped; what has come is kept, and the same command goes on from there")
+        raise
+    was = "downloaded" if found["new"] else "was here already"
+    names = ", ".join(found["ids"] or found["files"])
+    say(clean(" · ".join([f"{names} {was}: {amount(found['size_bytes'])}", *found["notes"]])))
+
+
+def _progress(look: dict[str, Any]) -> str:
+    done, total = look["done"], look["total"]
+    if not total:
+        return clean(str(look["message"]))
+    return clean(f"{look['message']}: {amount(done)} of {amount(total)} ({done * 100 // total}%)")
+
+
+def _plain(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    head, *body = (
+        "".join(f"<{tag}>{inert(cell)}</{tag}>" for cell in row)
+        for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
+    )
+    lines = "".join(f"<tr>{row}</tr>" for row in body)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
