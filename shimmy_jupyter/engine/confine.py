@@ -1,15 +1,15 @@
 """Takes away from this process what reading a model's file does not need.
 
 A boundary against accidents, and against code that a hostile file gets to run in this process. With
-"seccomp" that can write no file, start no program and no process, open no connection, and send no signal to
-another process; with "limits" it has no more memory and processor time than it was given; with
-"landlock" it reads nothing but the files that it is for, Python and system libraries. Without Landlock
-it reads all that the user can. Without seccomp (elsewhere than on Linux on x86_64 and aarch64) there
-is no boundary: what the user may do, it may.
+"seccomp" that can write no file, start no program and no process, open no connection, and send no
+signal to another process; with "limits" it has no more memory and processor time than it was given;
+with "landlock" it reads nothing but the files that it is for, Python and system libraries. Without
+Landlock it reads all that the user can. Without seccomp (elsewhere than on Linux on x86_64 and
+aarch64) there is no boundary: what the user may do, it may.
 
-It is none against a flaw in the kernel: no namespace, no virtual machine. It does not hide who guesses a path
-whether there is a file, how large and how old. It does not count threads. And what the process says
-through the descriptors that it keeps can be any lie: first of all, that all is well.
+It is none against a flaw in the kernel: no namespace, no virtual machine. It does not hide who
+guesses a path whether there is a file, how large and how old. It does not count threads. And what
+the process says through the descriptors that it keeps can be any lie: first of all, that all is well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import os
 import signal
 import struct
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,9 @@ _LINUX = sys.platform == "linux"
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _SPARE_ADDRESSES = 4 << 30
 """Addresses beside memory: malloc's arenas and threads' stacks reserve some, for later."""
-_MARGIN = 64 << 20
+_WITHOUT_PROC = 256 << 20
+_MARGIN = 512 << 20
+"""So much more than there may be must not be had."""
 _SPARE_FILES = 64
 _GRACE_SECONDS = 5
 """Of processor time between the signal that can be ignored and the one that cannot."""
@@ -50,6 +51,7 @@ def die_with_parent(parent: int) -> None:
 
 def confine(files: Sequence[Path], *, memory_bytes: int, cpu_seconds: int) -> tuple[str, ...]:
     """Confine this process for good to reading `files`, with so much memory beyond what it has now.
+    Raises OSError where one of them is not there.
 
     Returns what is in force, each tried out: "limits" (memory, processor time, size and number of
     files), "landlock N" (N says what for: from 4 on TCP, from 6 on signals and abstract sockets too),
@@ -106,7 +108,7 @@ def _limit(files: Sequence[Path], memory_bytes: int, cpu_seconds: int) -> str:
     lower(resource.RLIMIT_NOFILE, count, count)
     if not _LINUX:
         return "cpu limit"
-    size, data = _addresses()
+    size, data = _used()
     mapped = sum(path.stat().st_size for path in files)
     # DATA is memory proper, but for some that only the filter forbids; that is in AS, with much else.
     most = min(data + memory_bytes, 1 << 60)
@@ -116,9 +118,12 @@ def _limit(files: Sequence[Path], memory_bytes: int, cpu_seconds: int) -> str:
     return "limits" if _without_privileges() and _memory_ends(memory_bytes) else ""
 
 
-def _addresses() -> tuple[int, int]:
+def _used() -> tuple[int, int]:
     """Bytes of all addresses, and of those that are this process's own to write."""
-    fields = Path("/proc/self/statm").read_text().split()
+    try:
+        fields = Path("/proc/self/statm").read_text().split()
+    except OSError:  # no /proc is mounted: about what it is
+        return _WITHOUT_PROC, _WITHOUT_PROC
     return int(fields[0]) * mmap.PAGESIZE, int(fields[5]) * mmap.PAGESIZE
 
 
@@ -150,6 +155,7 @@ _FS_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
 """By the version that they came with, as later rights are unknown to earlier kernels."""
 _TCP = _SCOPES = 3
 _KNOWN = 6
+_LIBS = ("lib", "lib64")
 
 
 def _landlock(files: Sequence[Path]) -> str:
@@ -194,9 +200,8 @@ def _libraries() -> Iterator[Path]:
     """What Python and native libraries may open later on. No folder that people keep things in: of
     the module search path only the parts that are for installed packages.
     """
-    installed = ("stdlib", "platstdlib", "purelib", "platlib")
-    found: list[str | None] = [sysconfig.get_path(name) for name in installed]
-    found.append(sysconfig.get_config_var("LIBDIR"))
+    found = [str(Path(os.__file__).parent)]
+    found += [f"{prefix}/{lib}" for prefix in (sys.base_prefix, sys.prefix) for lib in _LIBS]
     found += [entry for entry in sys.path if Path(entry).name in {"site-packages", "dist-packages"}]
     for name, module in list(sys.modules.items()):
         if "." not in name:
@@ -206,7 +211,7 @@ def _libraries() -> Iterator[Path]:
         "/usr/share/zoneinfo /usr/share/locale /proc/self /proc/meminfo /proc/cpuinfo /proc/stat "
         "/sys/devices/system/cpu /sys/devices/system/node /dev/null /dev/urandom"
     ).split()
-    return (Path(entry) for entry in dict.fromkeys(found) if entry and entry != "/")
+    return (Path(entry) for entry in dict.fromkeys(found) if entry != "/")
 
 
 # seccomp

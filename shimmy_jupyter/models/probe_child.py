@@ -39,7 +39,8 @@ _CHUNK = 1 << 16
 _MAY_SAY: tuple[Outcome, ...] = ("refused", "out_of_memory", "failed")
 """Beside "ok"."""
 _SHORT = re.compile(
-    r"bad_alloc|allocat|insufficient memory|out of memory|thread creation|mem_buffer", re.IGNORECASE
+    r"bad_alloc|allocat|memoryerror|insufficient memory|out of memory|thread creation|mem_buffer",
+    re.IGNORECASE,
 )
 
 

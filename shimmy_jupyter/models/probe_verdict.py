@@ -78,9 +78,7 @@ def plain(text: str, folders: Sequence[str] = (), most: int = _LONGEST_REASON) -
         if folder != os.sep:
             text = text.replace(f"{folder}{os.sep}", "").replace(folder, "")
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    while (shorter := _FOLDERS.sub("", text)) != text:
-        text = shorter
-    return text[:most].strip()
+    return _FOLDERS.sub("", text)[:most].strip()
 
 
 # The schema

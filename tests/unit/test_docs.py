@@ -17,6 +17,7 @@ from shimmy_jupyter import errors
 from shimmy_jupyter.cli import main
 from shimmy_jupyter.config import CONFIGURABLES, Bytes, settings
 from shimmy_jupyter.notebook.magics import _OPTIONS, ShimmyMagics
+from shimmy_jupyter.server.app import ShimmyApp
 from shimmy_jupyter.server.handlers import ROUTES
 from shimmy_jupyter.server.requests import _Chat, _Completion
 
@@ -28,23 +29,27 @@ CONTRACT = DESIGN[DESIGN.index("## Contract") : DESIGN.index("## Agreed, not the
 
 @pytest.mark.parametrize(
     ("owner", "trait"),
-    [(cls, name) for cls in CONFIGURABLES for name in cls.class_own_traits(config=True)],
+    [
+        *((cls, name) for cls in CONFIGURABLES for name in cls.class_own_traits(config=True)),
+        (ShimmyApp, "offline"),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_every_setting_with_its_default(owner: type, trait: str) -> None:
     row = re.search(rf"\| `{owner.__name__}\.{trait}` \| (.+?) \|", CONTRACT)
     assert row, "not in the table of settings"
     default = getattr(owner(), trait)
-    if isinstance(owner.class_own_traits()[trait], Bytes):
+    if isinstance(owner.class_traits()[trait], Bytes):
         assert row[1].strip('"') == f"{default >> 20}MB"
     else:
-        assert row[1] == str(default)
-    assert owner.class_own_traits()[trait].help
+        assert row[1].strip('"') == str(default)
+    assert owner.class_traits()[trait].help
 
 
 def test_no_setting_is_described_that_is_not_there() -> None:
-    owners = {cls.__name__: cls for cls in (*CONFIGURABLES, ShimmyMagics)}
-    for text in (CONTRACT, README, (ROOT / "docs" / "install.md").read_text()):
+    owners = {cls.__name__: cls for cls in (*CONFIGURABLES, ShimmyMagics, ShimmyApp)}
+    pages = (ROOT / "docs" / name for name in ("install.md", "models.md", "lock.md"))
+    for text in (CONTRACT, README, *(page.read_text() for page in pages)):
         for owner, trait in re.findall(r"\b(Shimmy[A-Z]\w+)\.(\w+)", text):
             assert trait in owners[owner].class_traits(config=True), (owner, trait)
 
@@ -86,16 +91,16 @@ def test_readme_names_targets_and_files_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake ([a-z]+)\b", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for document in (README, DESIGN, (ROOT / "CONTRIBUTING.md").read_text()):
-        for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document):
-            assert (ROOT / path).exists(), path
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / path).exists(), (page.name, path)
 
 
 def test_the_layout_is_the_one_that_is_drawn() -> None:
     drawn = DESIGN[DESIGN.index("```\nshimmy_jupyter/") : DESIGN.index("**Dependency rule**")]
     package = Path(shimmy_jupyter.__file__).parent
     for path in package.rglob("*.py"):
-        if path.name != "__init__.py" and "handlers" not in path.parts:
+        if not path.name.startswith("__") and "handlers" not in path.parts:
             assert re.search(rf"\b{path.stem}\b(\.py|/|,| )", drawn), path
 
 
@@ -155,8 +160,8 @@ class TestSettings:
 
         config = Config({"ShimmyModels": {"roots": ["/a"]}})
         found = settings(config, {"SHIMMY_MODEL_PATHS": "/b::/c"})
-        assert [str(path) for path in found.roots] == ["/a", "/b", "/c"]
-        assert settings(Config(), {}).roots == ()
+        assert [str(path) for path in found.places.named] == ["/a", "/b", "/c"]
+        assert settings(Config(), {}).places.named == ()
 
     @pytest.mark.parametrize(
         ("owner", "name", "value"),

@@ -83,6 +83,25 @@ def test_one_importer_of_the_binding() -> None:
     assert users == {"engine.llama.binding"}
 
 
+def test_one_opener_of_outbound_connections() -> None:
+    """Beside the kernel's client, which talks to its own server, and sockets between processes."""
+
+    def users(*names: str) -> set[str]:
+        return {dotted(p) for p in MODULES if {n.split(".")[0] for n in imports(p)} & set(names)}
+
+    assert users("httpx") == {"models.fetch_http", "notebook.client"}
+    assert users("socket") == {
+        "models.fetch_http",
+        "engine.isolated",
+        "engine.channel",
+        "engine.child",
+    }
+    assert users("requests", "http", "aiohttp", "huggingface_hub", "ftplib", "smtplib") == set()
+    importing = {dotted(p): imports(p) for p in MODULES}
+    assert not [m for m, names in importing.items() if "urllib.request" in names]
+    assert not [m for m, names in importing.items() if "tornado.httpclient" in names]
+
+
 def test_one_reader_of_the_environment() -> None:
     readers = {dotted(p) for p in MODULES if re.search(r"os\.environ|getenv", p.read_text())}
     # The engine sets a variable of llama.cpp's; a child gets a few of ours; the app hands kernels
