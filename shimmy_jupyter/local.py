@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import json
 import logging
 import queue
 import threading
@@ -57,7 +58,7 @@ class LocalTransport:
             case ("DELETE", "api", "jobs", id):
                 return library.jobs.cancel(id, me).to_json()
             case ("POST", "api", "models", "discover"):
-                return await answers.library(library, await library.discover())
+                return _read(await answers.library(library, await library.discover()))
             case ("POST", "api", "models", "pull"):
                 return {"job": (await library.pull(body["model"], me, body.get("sha256"))).id}
             case ("POST", "api", "models", id, "load" | "unload" | "probe" | "verify" as verb):
@@ -68,9 +69,9 @@ class LocalTransport:
         library = self._service.library
         match parts:
             case ["v1", "models"]:
-                return answers.models(await self._service.models())
+                return _read(answers.models(await self._service.models()))
             case ["api", "models"]:
-                return await answers.library(library, await library.describe(wait=True))
+                return _read(await answers.library(library, await library.describe(wait=True)))
             case ["api", "models", id]:
                 return (await library.describe_one(id)).to_json()
             case ["api", "jobs", id]:
@@ -131,3 +132,8 @@ def _until_none(pieces: queue.SimpleQueue[bytes | ShimmyError | None]) -> Iterat
         if isinstance(piece, ShimmyError):
             raise piece
         yield piece
+
+
+def _read(body: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(body)
+    return found

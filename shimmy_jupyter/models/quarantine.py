@@ -28,6 +28,8 @@ class Quarantine:
 
     def reason(self, path: Path) -> str | None:
         """Why the model is locked up; None where it may be loaded."""
+        if all(known != path for known, _, _ in self._crashes):
+            return None  # its file is not looked at: there can be thousands
         crashes = self._crashes.get(_identity(path))
         if crashes is None or len(crashes) < CRASHES:
             return None

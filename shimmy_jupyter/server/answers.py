@@ -337,17 +337,19 @@ def model(status: ModelStatus) -> dict[str, Any]:
     }
 
 
-def models(statuses: list[ModelStatus]) -> dict[str, Any]:
-    return {"object": "list", "data": [model(status) for status in statuses]}
+def models(statuses: list[ModelStatus]) -> bytes:
+    return _dump({"object": "list", "data": [model(status) for status in statuses]})
 
 
-async def library(found: ModelLibrary, models: list[Described]) -> dict[str, Any]:
+async def library(found: ModelLibrary, models: list[Described]) -> bytes:
     """All models as `shimmy/api/models` lists them, and which one answers where none is named."""
-    return {
-        "models": [one.to_json() for one in models],
-        "default": await found.default(),
-        "engine": found.engine,
-    }
+    default = await found.default()
+
+    def listed() -> bytes:
+        rows = [one.to_json() for one in models]
+        return _dump({"models": rows, "default": default, "engine": found.engine})
+
+    return await asyncio.to_thread(listed)
 
 
 def _dump(data: dict[str, Any]) -> bytes:

@@ -28,8 +28,9 @@ from shimmy_jupyter.compose import build_service
 from shimmy_jupyter.config import Settings
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.model import LoadedModel
-from shimmy_jupyter.errors import ShuttingDown
+from shimmy_jupyter.errors import ModelNotFound, ShuttingDown
 from shimmy_jupyter.models.sources import Places
+from shimmy_jupyter.server import answers
 from shimmy_jupyter.service import Completion
 from shimmy_jupyter.types import CompletionRequest, FinishReason, Principal, Sampling
 
@@ -252,6 +253,36 @@ async def test_a_shutdown_does_not_hold_the_event_loop(mode: str, folder: Path) 
         assert all(isinstance(end, ShuttingDown) for end in ends)
 
     await never_held(life)
+
+
+async def test_looking_for_models_does_not_hold_the_event_loop(tmp_path: Path) -> None:
+    """10,000 of them: looking, listing, describing, and a name that nobody knows."""
+    data = random_gguf.write(tmp_path / "one.gguf").read_bytes()[:20_000]
+    for number in range(10_000):
+        folder = tmp_path / f"{number // 100:02}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"m{number}.gguf").write_bytes(data if number % 100 == 0 else data[:600])
+    service = build_service(Settings(places=Places(roots=(tmp_path,))))
+
+    async def life(watch: Watch) -> None:
+        watch.phase = "look"
+        assert len(await service.pool.catalog.look()) == 10_002
+        watch.phase = "list"
+        listed = await asyncio.to_thread(answers.models, await service.models())
+        assert len(listed) > 100_000
+        watch.phase = "describe"
+        described = await service.library.describe()
+        watch.phase = "write"
+        assert len(await answers.library(service.library, described)) > 1_000_000
+        watch.phase = "health"
+        await service.health()
+        watch.phase = "unknown"
+        service.pool.catalog._looked = -1e9
+        with pytest.raises(ModelNotFound):
+            await service.model("nobody's")
+
+    await never_held(life)
+    await service.close()
 
 
 async def test_many_special_tokens_do_not_hold_the_event_loop(

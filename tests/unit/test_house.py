@@ -92,6 +92,7 @@ def test_one_opener_of_outbound_connections() -> None:
     assert users("httpx") == {"models.fetch_http", "notebook.client"}
     assert users("socket") == {
         "models.fetch_http",
+        "models.addresses",
         "engine.isolated",
         "engine.channel",
         "engine.child",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 
@@ -13,7 +15,9 @@ class ModelsHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:models")
     async def get(self) -> None:
-        await self.finish(answers.models(await self.service.models()))
+        found = await self.service.models()
+        # There can be thousands.
+        await self.finish(await asyncio.to_thread(answers.models, found))
 
 
 class ModelHandler(ShimmyHandler):
