@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from IPython.display import display, update_display
+
 from ..errors import from_code
 from ..types import amount
 from .client import Transport
@@ -54,6 +56,31 @@ def follow(
         raise from_code(error["code"], error["message"], param=error["param"])
     found: dict[str, Any] = look["result"]
     return found
+
+
+class Board:
+    """Where a command shows how far it is: one output that changes, or lines in a terminal, of which
+    those that only count on are left out.
+    """
+
+    def __init__(self, *, rich: bool) -> None:
+        self._rich = rich
+        self._id: str | None = None
+        self._stage = ""
+
+    def show(self, text: str, page: str) -> None:
+        if self._rich:
+            self._display({"text/plain": text, "text/html": page})
+        elif (stage := text.partition(": ")[0]) != self._stage:
+            self._stage = stage
+            print(text)
+
+    def _display(self, bundle: dict[str, str]) -> None:
+        if self._id is None:
+            self._id = f"shimmy-{time.time_ns():x}"
+            display(bundle, raw=True, display_id=self._id)  # type: ignore[no-untyped-call]
+        else:
+            update_display(bundle, raw=True, display_id=self._id)  # type: ignore[no-untyped-call]
 
 
 def _models(transport: Transport, show: Show) -> None:

@@ -17,6 +17,7 @@ from traitlets import Bool, Float, Int, Unicode
 
 from ..errors import InvalidValue, ShimmyError
 from .client import Connection, events
+from .commands import Board, command
 from .display import Answer, Pace, clean
 
 _OPTION = re.compile(r"""--([a-z][a-z_-]*)(?:\s*=\s*|\s+)("[^"]*"|'[^']*'|\S+)\s*""")
@@ -140,10 +141,17 @@ class ShimmyMagics(Magics):
         %%shimmy [MODEL] [OPTIONS]
         PROMPT, as many lines as you like
 
+        %shimmy models         what there is
+        %shimmy pull MODEL     download: OWNER/NAME on Hugging Face, or a suggestion's name
+
         Options: --model NAME, --system TEXT, --temperature X (0 is greedy),
         --max-tokens N, --seed N. `%shimmy -- PROMPT` for a prompt that begins with "--".
         Interrupting the kernel stops the model too.
         """
+        if cell is None and (run := command(line)) is not None:
+            board = Board(rich=hasattr(self.shell, "kernel"))
+            run(self.connection.transport(), board.show)
+            return
         if cell is None:
             options, prompt = parse_options(line)
         else:
@@ -183,7 +191,7 @@ class ShimmyMagics(Magics):
         return {name: value for name, value in body.items() if value is not None}
 
     def _first_model(self) -> str:
-        return str(self.connection.transport().get("shimmy/v1/models")["data"][0]["id"])
+        return str(self.connection.transport().get("shimmy/api/models")["default"])
 
 
 class _View:
