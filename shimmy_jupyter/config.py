@@ -360,11 +360,15 @@ def load_config() -> Config:
 
 @dataclass(frozen=True, slots=True)
 class KernelEnvironment:
-    """How a kernel's environment says which server it belongs to. `token` is never shown."""
+    """How a kernel's environment says which server it belongs to, and in which profile names of a lock
+    are resolved. `token` is never shown.
+    """
 
     server_url: str | None
     token: str | None
     server_pid: int | None
+    profile: str | None = None
+    """Of a `shimmy.lock`."""
 
 
 def kernel_environment(environment: Mapping[str, str] = os.environ) -> KernelEnvironment:
@@ -373,4 +377,12 @@ def kernel_environment(environment: Mapping[str, str] = os.environ) -> KernelEnv
         server_url=environment.get("SHIMMY_SERVER_URL"),
         token=environment.get("SHIMMY_KERNEL_TOKEN"),
         server_pid=int(pid) if pid.isdigit() else None,
+        profile=environment.get("SHIMMY_PROFILE") or None,
     )
+
+
+def home() -> Path | None:
+    """The user's home folder; None where nothing says which it is."""
+    with contextlib.suppress(RuntimeError):
+        return Path.home()
+    return None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
 from jupyter_core.paths import jupyter_runtime_dir
 
-from .config import kernel_environment, load_config, settings
+from .config import home, kernel_environment, load_config, settings
 from .notebook.client import Server, Transport, find_server
 from .notebook.extension import load as load_magics
+from .notebook.magics import Resolved
 
 
 def load(shell: InteractiveShell) -> None:
-    load_magics(shell, _find, _local)
+    load_magics(shell, _find, _local, _resolve)
 
 
 def _find() -> Server | None:
@@ -26,3 +29,16 @@ def _local() -> Transport:
     from .local import LocalTransport
 
     return LocalTransport(settings(load_config()))
+
+
+def _resolve(
+    body: dict[str, Any], profile: str, listed: Callable[[], dict[str, Any]]
+) -> Resolved | None:
+    """By the lock above the folder that the kernel works in, which is the notebook's."""
+    from .models.pinning import Locks, merged
+
+    locks = Locks(Path, home(), profile or kernel_environment().profile)
+    found = locks.pinned(body["model"], listed)
+    if found is None:
+        return None
+    return Resolved(merged(body, found.fields), found.note, found.warnings)

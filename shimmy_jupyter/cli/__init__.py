@@ -13,8 +13,10 @@ from ..notebook.client import events
 from ..notebook.display import clean
 from .checklist import doctor_command
 from .follow import follow
+from .here import addressed
 from .library import models, probe, pull, verify
 from .local import Local
+from .lock import lock_command
 from .measure import bench
 
 
@@ -27,8 +29,11 @@ def main() -> None:
 @main.command()
 @click.argument("prompt")
 @click.option(
-    "--model", help="A name from `shimmy models`, where the one with * answers if none is named."
+    "--model",
+    help="A name that shimmy.lock has, or one from `shimmy models`, where the one with * answers if "
+    "none is named.",
 )
+@click.option("--profile", help="Of shimmy.lock. Default: SHIMMY_PROFILE.")
 @click.option("--system", help="A system message in front of the prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=0), help="Most tokens to generate.")
 @click.option(
@@ -36,7 +41,9 @@ def main() -> None:
 )
 @click.option("--seed", type=int, help="For the same answer to the same question.")
 @click.option("--stats", is_flag=True, help="Print tokens, tokens/s and time to first token.")
-def generate(prompt: str, *, stats: bool, system: str | None, **options: Any) -> None:
+def generate(
+    prompt: str, *, stats: bool, system: str | None, profile: str | None, **options: Any
+) -> None:
     """Answer PROMPT; "-" reads it from standard input."""
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
@@ -51,9 +58,12 @@ def generate(prompt: str, *, stats: bool, system: str | None, **options: Any) ->
         "stream_options": {"include_usage": True},
     }
     with Local() as local:
+        body = addressed(local, body, profile)
         body.setdefault("model", local.get("shimmy/api/models")["default"])
-        # First, as it may take a while: then it is said how far it is.
-        follow(local, local.post(f"shimmy/api/models/{body['model']}/load", {})["job"])
+        # What is pinned is compared before it is loaded, which the request alone does.
+        if "pin" not in body:
+            # First, as it may take a while: then it is said how far it is.
+            follow(local, local.post(f"shimmy/api/models/{body['model']}/load", {})["job"])
         last = _answer(local, body)
     click.echo()
     if stats:
@@ -74,5 +84,5 @@ def _answer(local: Any, body: dict[str, Any]) -> dict[str, Any]:
     return last
 
 
-for command in (bench, doctor_command, models, probe, pull, verify):
+for command in (bench, doctor_command, lock_command, models, probe, pull, verify):
     main.add_command(command)

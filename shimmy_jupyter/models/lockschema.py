@@ -9,6 +9,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from ..errors import InvalidValue
+
 _SHARD = re.compile(r"-([0-9]{5})-of-([0-9]{5})\.gguf$", re.IGNORECASE)
 _URL = re.compile(
     r"https://(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
@@ -16,16 +18,14 @@ _URL = re.compile(
 )
 
 
-class LockError(ValueError):
-    """What is wrong with a lock, or with what was asked of it. `key` is the path of the key, such as
-    `models.tutor.sha256`; empty where there is none. Messages name no folder of this machine.
-
-    Not in the tree of `errors`: who is to blame, the project's file or the one who asks, and with it
-    code and status, is known to the caller alone.
+class LockError(InvalidValue):
+    """What is wrong with a lock, or with what was asked of it. `key`, which is the field that is named
+    to users too, is the path of the key, such as `models.tutor.sha256`; empty where there is none.
+    Messages name no folder of this machine.
     """
 
     def __init__(self, message: str, key: str = "") -> None:
-        super().__init__(f"{key}: {message}" if key else message)
+        super().__init__(f"{key}: {message}" if key else message, param=key or None)
         self.message = message
         self.key = key
 

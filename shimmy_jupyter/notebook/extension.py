@@ -7,17 +7,18 @@ from collections.abc import Callable
 from IPython.core.interactiveshell import InteractiveShell
 
 from .client import Connection, Server, Transport
-from .magics import ShimmyMagics, questions_are_not_help
+from .magics import Resolve, ShimmyMagics, as_it_is, questions_are_not_help
 
 
 def load(
     shell: InteractiveShell,
     find: Callable[[], Server | None],
     local: Callable[[], Transport],
+    resolve: Resolve = as_it_is,
 ) -> None:
     """Register one instance of the magics. Loading again replaces the one before."""
     unload(shell)
-    shell.register_magics(ShimmyMagics(shell, Connection(find, local)))
+    shell.register_magics(ShimmyMagics(shell, Connection(find, local), resolve))
     shell.input_transformers_cleanup.append(questions_are_not_help)
 
 

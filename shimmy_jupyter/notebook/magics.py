@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -110,6 +111,28 @@ def questions_are_not_help(lines: list[str]) -> list[str]:
     return changed
 
 
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A request with what a project has pinned for its model. `note` says so beside the answer."""
+
+    body: dict[str, Any]
+    note: str
+    warnings: tuple[str, ...] = ()
+
+
+Resolve = Callable[[dict[str, Any], str, Callable[[], dict[str, Any]]], Resolved | None]
+"""Takes a request, a profile ("" is none in particular), and what lists the server's models. None where
+the request's model is no name that a project has pinned.
+"""
+
+
+def as_it_is(
+    _body: dict[str, Any], _profile: str, _listed: Callable[[], dict[str, Any]]
+) -> Resolved | None:
+    """Where no project has a say."""
+    return None
+
+
 @magics_class
 class ShimmyMagics(Magics):
     """Settings for one notebook: `%config ShimmyMagics.temperature = 0`."""
@@ -125,13 +148,22 @@ class ShimmyMagics(Magics):
         None, allow_none=True, help="Most tokens to generate. None: the server's default."
     ).tag(config=True)
 
+    profile = Unicode(
+        "",
+        help="Of shimmy.lock, for names that it has. Empty: what SHIMMY_PROFILE says, if anything.",
+    ).tag(config=True)
+
     stream = Bool(True, help="Show the answer as it is made. False: once, when it is whole.").tag(
         config=True
     )
 
-    def __init__(self, shell: InteractiveShell, connection: Connection) -> None:
+    def __init__(
+        self, shell: InteractiveShell, connection: Connection, resolve: Resolve = as_it_is
+    ) -> None:
         super().__init__(shell)
         self.connection = connection
+        self._resolve = resolve
+        self._warned: set[str] = set()
 
     @line_cell_magic
     def shimmy(self, line: str, cell: str | None = None) -> None:
@@ -164,6 +196,8 @@ class ShimmyMagics(Magics):
         view = _View(rich=hasattr(self.shell, "kernel"), stream=self.stream)
         try:
             body = self._body(prompt, options)
+            if resolved := self._resolved(body):
+                body, view.origin = resolved.body, resolved.note
             transport = self.connection.transport()
             with transport.stream("shimmy/v1/chat/completions", body) as chunks:
                 view.follow(events(chunks))
@@ -178,7 +212,7 @@ class ShimmyMagics(Magics):
         system = options.get("system", self.system)
         messages = [{"role": "system", "content": system}] if system else []
         body = {
-            "model": options.get("model", self.model) or self._first_model(),
+            "model": options.get("model", self.model),
             "messages": [*messages, {"role": "user", "content": prompt}],
             "temperature": options.get("temperature", self.temperature),
             "max_tokens": options.get("max-tokens", self.max_tokens),
@@ -190,6 +224,21 @@ class ShimmyMagics(Magics):
         }
         return {name: value for name, value in body.items() if value is not None}
 
+    def _resolved(self, body: dict[str, Any]) -> Resolved | None:
+        """By what the project has pinned, where a model is named; else the first is."""
+        if not body["model"]:
+            body["model"] = self._first_model()
+            return None
+        resolved = self._resolve(body, self.profile, self._listed)
+        for warning in resolved.warnings if resolved is not None else ():
+            if warning not in self._warned:
+                self._warned.add(warning)
+                print(f"shimmy: {clean(warning)}")
+        return resolved
+
+    def _listed(self) -> dict[str, Any]:
+        return self.connection.transport().get("shimmy/api/models")
+
     def _first_model(self) -> str:
         return str(self.connection.transport().get("shimmy/api/models")["default"])
 
@@ -200,6 +249,8 @@ class _View:
     def __init__(self, *, rich: bool, stream: bool) -> None:
         self._rich, self._stream = rich, stream
         self._text = self._reasoning = ""
+        self.origin = ""
+        """Where the model was taken from, for the figures."""
         self._id: str | None = None
         self._pace = Pace()
 
@@ -240,7 +291,7 @@ class _View:
                 elif self._reasoning and not self._text:
                     yield ""
             last = item
-        self.end(_figures(last, reason))
+        self.end(_figures(last, reason, self.origin))
 
     def _show(self, answer: Answer) -> None:
         bundle = answer.bundle()
@@ -266,9 +317,10 @@ def waited(waiting: dict[str, Any]) -> str:
     return f"waiting: {before}{waiting['reason']}"
 
 
-def _figures(last: dict[str, Any], reason: str | None) -> str:
+def _figures(last: dict[str, Any], reason: str | None, origin: str) -> str:
     used, timings = last["usage"], last["shimmy"]
-    parts = [str(last["model"]), f"{used['completion_tokens']} tokens"]
+    parts = [str(last["model"]), *filter(None, [origin])]
+    parts.append(f"{used['completion_tokens']} tokens")
     if timings["tokens_per_second"]:
         parts.append(f"{timings['tokens_per_second']:.0f} tokens/s")
     if timings["ttft_ms"] is not None:

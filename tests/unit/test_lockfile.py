@@ -343,11 +343,15 @@ class TestParse:
         assert parse(dump(lock)) == lock
         assert parse(update_text(text, LOCK)) == LOCK
 
-    def test_errors_are_not_of_the_tree(self) -> None:
-        # `errors.from_code` would make them of every "invalid_value" that comes over a wire.
-        assert not issubclass(LockError, errors.ShimmyError)
-        assert LockError("wrong", "a.b").key == "a.b"
-        assert (str(LockError("wrong")), str(LockError("wrong", "a.b"))) == ("wrong", "a.b: wrong")
+    def test_errors_are_of_the_tree(self) -> None:
+        plain, keyed = LockError("wrong"), LockError("wrong", "a.b")
+        assert (keyed.code, keyed.status) == ("invalid_value", 400)
+        assert (str(plain), plain.key, plain.param) == ("wrong", "", None)
+        assert (str(keyed), keyed.key, keyed.param) == ("a.b: wrong", "a.b", "a.b")
+        assert keyed.to_json()["error"]["message"] == "wrong"
+        assert keyed._render_traceback_() == ["LockError: wrong (field 'a.b') [invalid_value]"]
+        # What comes over a wire under this code is about a request, and no lock's.
+        assert not isinstance(errors.from_code("invalid_value", "x", param="y"), LockError)
 
 
 NAMES = st.from_regex(r"[A-Za-z0-9._:@-]{1,128}", fullmatch=True).filter(lambda n: n.strip("."))
