@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
@@ -16,7 +15,7 @@ from .config import Settings
 from .engine.backend import Backend, LoadSpec, Sharing
 from .engine.isolated import child_environment
 from .engine.model import LoadedModel
-from .errors import AccessDenied
+from .errors import AccessDenied, Misconfigured
 from .models.catalog import Catalog, HeaderFacts
 from .models.hashes import Hashes
 from .models.library import ModelLibrary
@@ -121,6 +120,12 @@ def build_puller(settings: Settings) -> Puller:
         raise AccessDenied("ShimmyApp.offline or HF_HUB_OFFLINE is on: nothing is downloaded here")
     if not settings.allow_pull:
         raise AccessDenied("ShimmyModels.allow_pull is off: nothing is downloaded here")
+    cache, downloads = settings.places.huggingface, settings.places.home_models
+    if cache is None or downloads is None:
+        raise Misconfigured(
+            "downloads go to the Hugging Face cache and to ~/models, and ShimmyModels.search leaves out "
+            "huggingface or home"
+        )
     from .models.fetch import Fetcher
     from .models.fetch_hub import HUB, HUB_HOSTS
     from .models.pull import Puller
@@ -131,10 +136,4 @@ def build_puller(settings: Settings) -> Puller:
         [*(HUB_HOSTS if hub == HUB else (host,)), *settings.pull_hosts],
         token_for=lambda asked: settings.hub_token if asked == host else None,
     )
-    places = settings.places
-    return Puller(
-        fetcher,
-        cache=(places.huggingface or places.home_models or Path("~/models")).expanduser(),
-        downloads=(places.home_models or Path("~/models")).expanduser(),
-        hub=hub,
-    )
+    return Puller(fetcher, cache=cache.expanduser(), downloads=downloads.expanduser(), hub=hub)

@@ -3,6 +3,7 @@
 ShimmyError
 ├── RequestError                       400  what was asked is wrong; nothing was computed
 │   ├── InvalidValue                        invalid_value
+│   │   └── LockError                       invalid_value: shimmy.lock cannot be used, or not so
 │   ├── UnsupportedParameter                unsupported_parameter
 │   ├── UnknownParameter                    unknown_parameter: on our own routes
 │   ├── ContextLengthExceeded               context_length_exceeded

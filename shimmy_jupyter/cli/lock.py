@@ -22,7 +22,8 @@ from ..models.drift import Drift, Severity, drift
 from ..models.lockfile import NAME, Adapter, Defaults, Lock, LockError, Pin, Source
 from ..models.lockschema import as_key
 from ..notebook.display import clean
-from .follow import size, table
+from ..types import amount
+from .follow import table
 from .here import Here, nearest, one_line
 from .local import Local
 
@@ -353,7 +354,7 @@ def check(aliases: tuple[str, ...], *, profile: str | None, as_json: bool) -> No
 
 def _table(rows: list[_Row]) -> str:
     cells = [
-        [row.alias, row.pin.file, size(row.pin.size), row.model or "", row.state] for row in rows
+        [row.alias, row.pin.file, amount(row.pin.size), row.model or "", row.state] for row in rows
     ]
     notes = [
         f"\n{row.alias}: {clean(str(note))}" for row in rows for note in (*row.drifts, *row.errors)

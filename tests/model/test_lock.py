@@ -77,8 +77,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     said = {"engine": version("llama-cpp-python")}
     plain = answers.library
 
-    async def library(*given: Any) -> dict[str, Any]:
-        return await plain(*given) | said
+    async def library(*given: Any) -> bytes:
+        return json.dumps(json.loads(await plain(*given)) | said).encode()
 
     monkeypatch.setattr(answers, "library", library)
     return said

@@ -121,7 +121,8 @@ async def a_day(server: RunningServer) -> None:
 @pytest.mark.parametrize("offline", ["True", "False"])
 async def test_nothing_is_tried(tried: Path, models: Path, offline: str) -> None:
     environment = {"SHIMMY_MODEL_PATHS": str(models)}
-    with running_server(f"--ShimmyApp.offline={offline}", environment=environment) as server:
+    options = (f"--ShimmyApp.offline={offline}", "--ShimmyModels.search=['huggingface', 'home']")
+    with running_server(*options, environment=environment) as server:
         await a_day(server)
         if offline == "True":
             with pytest.raises(HTTPClientError) as caught:

@@ -211,7 +211,10 @@ def shell() -> InteractiveShell:
     start_ipython()
     from IPython import get_ipython
 
-    return get_ipython()  # type: ignore[no-any-return]
+    shell = get_ipython()
+    # It is the process's, and what a test has set is not for the next.
+    shell.config.pop("ShimmyMagics", None)
+    return shell  # type: ignore[no-any-return]
 
 
 class Scripted:
@@ -221,7 +224,8 @@ class Scripted:
         self.texts, self.bodies = texts, []  # type: ignore[var-annotated]
 
     def get(self, path: str) -> dict[str, Any]:
-        return {"data": [{"id": "first"}, {"id": "second"}]}
+        assert path == "shimmy/api/models"
+        return {"models": [], "default": "first", "engine": ""}
 
     def stream(self, path: str, body: dict[str, Any]) -> Any:
         import contextlib
