@@ -156,6 +156,8 @@ def guided(seconds: float, seed: int, folder: Path) -> None:
     """By coverage. Ends the process."""
     import atheris
 
+    from shimmy_jupyter.errors import GgufError
+
     with atheris.instrument_imports(include=["shimmy_jupyter.models"]):
         from shimmy_jupyter.models import gguf, gguf_checks, gguf_reader, gguf_vocabulary
 
@@ -164,14 +166,17 @@ def guided(seconds: float, seed: int, folder: Path) -> None:
     corpus.mkdir(exist_ok=True)
     for base in bases(folder):
         (corpus / hashlib.sha256(base).hexdigest()[:16]).write_bytes(base)
-    draw = random.Random(seed)
+    draw, scratch = random.Random(seed), folder / "scratch.gguf"
 
     def mutate(data: bytes, most: int, _seed: int) -> bytes:
         if draw.random() < 0.5:
             return atheris.Mutate(data, most)[:most]  # type: ignore[no-any-return]
+        scratch.write_bytes(data)
+        os.truncate(scratch, len(data) + ROOM)
         try:
+            gguf.read_header(scratch)  # the generator has no bounds of its own
             ((_, changed),) = mutated_gguf.mutations(data, draw.getrandbits(32), 1)
-        except _NOT_READ:
+        except (GgufError, *_NOT_READ):
             return _scattered(data or b"GGUF", draw)[:most]
         return changed[:most]
 
