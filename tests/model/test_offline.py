@@ -40,7 +40,7 @@ def outward(address):
 
 def told(what, address):
     with open(LOG, "a") as log:
-        log.write(f"{{what}} {{address}}\n")
+        print(what, address, file=log)
     raise OSError("no network here")
 
 
@@ -121,7 +121,8 @@ async def a_day(server: RunningServer) -> None:
 @pytest.mark.parametrize("offline", ["True", "False"])
 async def test_nothing_is_tried(tried: Path, models: Path, offline: str) -> None:
     environment = {"SHIMMY_MODEL_PATHS": str(models)}
-    options = (f"--ShimmyApp.offline={offline}", "--ShimmyModels.search=['huggingface', 'home']")
+    options = [f"--ShimmyModels.search={place}" for place in ("huggingface", "home")]
+    options.append(f"--ShimmyApp.offline={offline}")
     with running_server(*options, environment=environment) as server:
         await a_day(server)
         if offline == "True":
@@ -154,3 +155,7 @@ def test_commands_try_nothing(tried: Path, models: Path, monkeypatch: Any) -> No
         if "--json" in command:
             assert json.loads(done.stdout)
     assert not tried.exists(), tried.read_text()
+    pull = [sys.executable, "-m", "shimmy_jupyter.cli", "pull", "org/name"]
+    done = subprocess.run(pull, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "huggingface.co" in tried.read_text()

@@ -313,7 +313,11 @@ class TestRequestFields:
 LOCK = Lock(
     {"tutor": FULL, "small": replace(PIN, sha256=B)}, {"laptop": {"tutor": Override("small")}}
 )
-LISTING = {"models": [model(), model("small-Q4", B), adapter()], "engine": "0.3.36", "default": "first"}
+LISTING = {
+    "models": [model(), model("small-Q4", B), adapter()],
+    "engine": "0.3.36",
+    "default": "first",
+}
 
 
 @pytest.fixture
