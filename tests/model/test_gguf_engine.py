@@ -95,7 +95,7 @@ def accepted(base: bytes, path: Path, fates: Counter[str]) -> Iterator[str]:
     """Writes each mutant that the validator accepts to the path; its name. Counts the others, each of
     which is refused with a reason.
     """
-    for name, data in mutated_gguf.mutations(base, SEED, MUTANTS // (len(BASES) + 1)):
+    for name, data in mutated_gguf.mutations(base, SEED, -(-MUTANTS // (len(BASES) + 1))):
         path.write_bytes(data)
         try:
             validate(path)
