@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 from .compose import build_service
 from .config import Settings
@@ -52,7 +53,7 @@ class LocalTransport:
         """What the route would; but who waits here waits for everything."""
         parts = path.removeprefix("shimmy/").split("/")
         if method == "GET":
-            return await self._look(parts, path)
+            return await self._look(path)
         library, me = self._service.library, Principal("local")
         match (method, *parts):
             case ("DELETE", "api", "jobs", id):
@@ -65,9 +66,12 @@ class LocalTransport:
                 return {"job": (await getattr(library, verb)(id, me)).id}
         raise NotFound(f"there is no {path}")
 
-    async def _look(self, parts: list[str], path: str) -> dict[str, Any]:
+    async def _look(self, path: str) -> dict[str, Any]:
         library = self._service.library
-        match parts:
+        place, _, query = path.removeprefix("shimmy/").partition("?")
+        match place.split("/"):
+            case ["api", "suggestions"]:
+                return await library.suggestions(dict(parse_qsl(query)).get("task"))
             case ["v1", "models"]:
                 return _read(answers.models(await self._service.models()))
             case ["api", "models"]:

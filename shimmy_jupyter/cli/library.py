@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import urlencode
 
 import click
 
@@ -13,12 +13,7 @@ from ..types import amount
 from .follow import follow, said, table
 from .local import Local
 
-if TYPE_CHECKING:
-    from ..models.suggest import Suggestion
-
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
-_EASY = 4e9
-"""Bytes of memory of a model that answers at a bearable speed without a GPU."""
 
 
 def _dump(found: Any) -> None:
@@ -33,10 +28,11 @@ def models(*, suggest: bool, task: str | None, as_json: bool) -> None:
     """List the models that this machine offers."""
     if task is not None and not suggest:
         raise click.UsageError("--task goes with --suggest")
+    query = f"?{urlencode({'task': task})}" if task is not None else ""
     with Local() as local:
-        found = local.get("shimmy/api/models")
+        found = local.get(f"shimmy/api/suggestions{query}" if suggest else "shimmy/api/models")
     if suggest:
-        _suggest(found, task, as_json=as_json)
+        _suggest(found, as_json=as_json)
     elif as_json:
         _dump(found)
     else:
@@ -81,63 +77,32 @@ def _number(value: int | None) -> str:
     return f"{value:,}" if value else ""
 
 
-def _suggest(found: dict[str, Any], task: str | None, *, as_json: bool) -> None:
-    from ..errors import InvalidValue
-    from ..models.memory import default_reserve, total_memory
-    from ..models.suggest import fitting
-
-    total = total_memory()
-    room = total - default_reserve(total)
-    try:
-        chosen = fitting(room, task)
-    except InvalidValue as error:
-        raise click.BadParameter(error.message, param_hint="--task") from error
-    here = {model["origin"]["name"] for model in found["models"] if model["origin"]}
+def _suggest(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        _dump(
-            [
-                {
-                    "id": one.id,
-                    "tasks": list(one.tasks),
-                    "reference": one.reference,
-                    "licence": one.licence,
-                    "parameters": one.parameters,
-                    "size_bytes": one.size_bytes,
-                    "memory_bytes": one.memory_bytes,
-                    "note": one.note,
-                    "here": one.repo in here,
-                }
-                for one in chosen
-            ]
-        )
+        _dump(found)
         return
+    room, chosen = amount(found["memory_bytes"]), found["suggestions"]
     if not chosen:
-        raise click.ClickException(f"nothing in the list fits into {amount(room)} of memory")
+        raise click.ClickException(f"nothing in the list fits into {room} of memory")
     rows = [["", "NAME", "FOR", "DOWNLOAD", "MEMORY", "LICENCE", "WHAT IT IS"]]
     rows += [
         [
-            "✓" if one.repo in here else "",
-            one.id,
-            ", ".join(one.tasks),
-            amount(one.size_bytes),
-            amount(one.memory_bytes),
-            one.licence,
-            one.note,
+            "✓" if one["here"] else "",
+            one["id"],
+            ", ".join(one["tasks"]),
+            amount(one["size_bytes"]),
+            amount(one["memory_bytes"]),
+            one["licence"],
+            one["note"],
         ]
         for one in chosen
     ]
-    click.echo(f"Models that fit into this machine's {amount(total)} of memory:\n")
+    click.echo(f"What fits into the {room} of memory that this machine has for models:\n")
     click.echo(table(rows))
-    if any(one.repo in here for one in chosen):
+    if any(one["here"] for one in chosen):
         click.echo("✓ is here already")
-    click.echo(f"\nNext: shimmy pull {_first(chosen, here, room)}")
-
-
-def _first(chosen: Sequence[Suggestion], here: set[str], room: int) -> str:
-    """The largest that leaves memory to work with, and is no day's download."""
-    left = [one for one in chosen if one.repo not in here] or chosen
-    easy = [one for one in left if one.memory_bytes <= min(room / 2, _EASY)]
-    return max(easy or left, key=lambda one: one.memory_bytes if easy else -one.memory_bytes).id
+    if found["first"] is not None:
+        click.echo(f"\nNext: shimmy pull {found['first']}")
 
 
 @click.command()

@@ -18,7 +18,7 @@ from .lifecycle import ModelPool
 from .references import parse
 from .resident import ModelStatus
 from .sources import SELF_TEST, Found
-from .suggest import suggestions
+from .suggest import first, fitting, suggestions
 from .vetting import Vetting
 
 if TYPE_CHECKING:  # what opens connections is imported where one is wanted
@@ -107,7 +107,7 @@ class ModelLibrary:
         """
         models = tuple((await self.pool.catalog.models()).values())
 
-        def first() -> str:
+        def chosen() -> str:
             for found in models:
                 self._read(found)
                 facts = self._facts.get(found)
@@ -115,12 +115,30 @@ class ModelLibrary:
                     return found.id
             return models[-1].id if self._vetting is None else SELF_TEST
 
-        return await asyncio.to_thread(first)
+        return await asyncio.to_thread(chosen)
 
     def _chats(self, facts: GgufFacts) -> bool:
         if facts.kind != "model" or facts.chat_template is None or self._vetting is None:
             return False
         return self._vetting.fit(facts, self._vetting.capacity).ok
+
+    async def suggestions(self, task: str | None = None) -> dict[str, Any]:
+        """What is worth downloading that fits into this machine, as JSON. Raises `InvalidValue` for a
+        task that there is none for.
+        """
+        room = 0 if self._vetting is None else self._vetting.room
+        chosen = fitting(room, task)
+        models = await self.pool.catalog.models()
+        here = {found.origin.name for found in models.values() if found.origin is not None}
+        begin = first(chosen, here, room)
+        rows = [
+            asdict(one) | {"reference": one.reference, "here": one.repo in here} for one in chosen
+        ]
+        return {
+            "suggestions": rows,
+            "first": begin.id if begin is not None else None,
+            "memory_bytes": room,
+        }
 
     async def discover(self) -> list[Described]:
         """What there is after another look at the disk."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ PERMISSIVE = frozenset({"Apache-2.0", "MIT"})
 
 _FILE = Path(__file__).with_name("suggested.json")
 _VERSION = 1
+_EASY = 4e9
+"""Bytes of memory."""
 _ID = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 _REPO = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 _GGUF = re.compile(r"[A-Za-z0-9._-]+\.gguf")
@@ -83,6 +85,17 @@ def fitting(available: int, task: str | None = None) -> tuple[Suggestion, ...]:
     return tuple(
         sorted((one for one in suggestions(task) if one.memory_bytes <= available), key=order)
     )
+
+
+def first(chosen: Sequence[Suggestion], here: Collection[str], available: int) -> Suggestion | None:
+    """The one to begin with: the largest, of those that are not `here` (as repositories), that leaves
+    half of the memory to work with and answers at a bearable speed without a GPU; else the smallest.
+    """
+    left = [one for one in chosen if one.repo not in here]
+    easy = [one for one in left if one.memory_bytes <= min(available / 2, _EASY)]
+    if easy:
+        return max(easy, key=lambda one: one.memory_bytes)
+    return min(left, key=lambda one: one.memory_bytes, default=None)
 
 
 @functools.cache

@@ -149,6 +149,11 @@ class Vetting:
             reserve=needs.reserve,
         )
 
+    @property
+    def room(self) -> int:
+        """Bytes for models on a quiet machine."""
+        return max(0, self.capacity - self._needs.reserve)
+
     def available(self) -> int:
         """Bytes of memory that a process could take now."""
         return self._memory()

@@ -1,4 +1,4 @@
-"""`%shimmy models` and `%shimmy pull`: commands beside prompts. A line is one only where all of it reads as
+"""`%shimmy models`, `%shimmy models --suggest` and `%shimmy pull`: commands beside prompts. A line is one only where all of it reads as
 one, so that `%shimmy models of the atom` is a prompt.
 """
 
@@ -17,6 +17,7 @@ from .client import Transport
 from .display import clean, inert
 
 _PULL = re.compile(r"pull\s+(\S+)(?:\s+--sha256[=\s]([0-9a-fA-F]{64}))?")
+_SUGGEST = re.compile(r"models\s+--suggest(?:\s+--task[=\s]([a-z]+))?")
 _POLL = 0.2
 Show = Callable[[str, str], None]
 """Takes a text, and the same as HTML; each time in place of the last."""
@@ -27,6 +28,9 @@ def command(line: str) -> Callable[[Transport, Show], None] | None:
     text = line.strip()
     if text == "models":
         return _models
+    if match := _SUGGEST.fullmatch(text):
+        task = match[1]
+        return lambda transport, show: _suggest(transport, show, task)
     if match := _PULL.fullmatch(text):
         model, digest = match[1], match[2]
 
@@ -102,6 +106,27 @@ def _models(transport: Transport, show: Show) -> None:
             )
         )
     show(_plain(rows), _table(rows))
+
+
+def _suggest(transport: Transport, show: Show, task: str | None) -> None:
+    query = f"?task={task}" if task else ""
+    found = transport.get(f"shimmy/api/suggestions{query}")
+    rows = [("", "model", "for", "download", "memory", "licence", "what it is")]
+    rows += [
+        (
+            "✓" if one["here"] else "",
+            one["id"],
+            ", ".join(one["tasks"]),
+            amount(one["size_bytes"]),
+            amount(one["memory_bytes"]),
+            one["licence"],
+            one["note"],
+        )
+        for one in found["suggestions"]
+    ]
+    show(_plain(rows), _table(rows))
+    if found["first"] is not None:
+        print(f"Next: %shimmy pull {found['first']}")
 
 
 def _pull(transport: Transport, show: Show, model: str, digest: str | None) -> None:

@@ -173,7 +173,7 @@ class ShimmyMagics(Magics):
         %%shimmy [MODEL] [OPTIONS]
         PROMPT, as many lines as you like
 
-        %shimmy models         what there is
+        %shimmy models         what there is; with --suggest, what is worth downloading
         %shimmy pull MODEL     download: OWNER/NAME on Hugging Face, or a suggestion's name
 
         Options: --model NAME, --system TEXT, --temperature X (0 is greedy),

@@ -213,6 +213,7 @@ async def test_from_a_notebook(
     assert listing is not None
     await asyncio.to_thread(listing, transport, lambda text, _html: shown.append(text))
     assert "self-test" in shown[-1]
+    transport._client.close()
 
 
 @pytest.mark.parametrize(

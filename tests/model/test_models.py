@@ -26,7 +26,13 @@ import random_gguf
 
 from shimmy_jupyter.compose import build_service
 from shimmy_jupyter.config import Settings
-from shimmy_jupyter.errors import ModelDrifted, ModelLoadFailed, ShimmyError, UnsupportedParameter
+from shimmy_jupyter.errors import (
+    InvalidValue,
+    ModelDrifted,
+    ModelLoadFailed,
+    ShimmyError,
+    UnsupportedParameter,
+)
 from shimmy_jupyter.models.jobs import Job
 from shimmy_jupyter.models.sources import Places
 from shimmy_jupyter.service import CompletionService
@@ -322,6 +328,18 @@ async def test_where_none_is_named(rig: Rig) -> None:
     service = rig.service()
     assert await service.library.default() == "c-chat"
     assert await rig.service(memory_reserve=1 << 50).library.default() == "self-test"
+
+
+async def test_what_is_worth_downloading(rig: Rig) -> None:
+    service = rig.service(memory_reserve=0)
+    found = await service.library.suggestions("chat")
+    assert found["suggestions"]
+    assert found["first"] in {one["id"] for one in found["suggestions"]}
+    assert all(one["memory_bytes"] <= found["memory_bytes"] for one in found["suggestions"])
+    assert not any(one["here"] for one in found["suggestions"])
+    assert (await rig.service(memory_reserve=1 << 60).library.suggestions())["suggestions"] == []
+    with pytest.raises(InvalidValue, match="there is no task 'poetry'"):
+        await service.library.suggestions("poetry")
 
 
 @pytest.mark.parametrize("probe", [True, False])

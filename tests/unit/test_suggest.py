@@ -24,7 +24,15 @@ from hypothesis import strategies as st
 
 from shimmy_jupyter.errors import InvalidValue
 from shimmy_jupyter.models import suggest
-from shimmy_jupyter.models.suggest import PERMISSIVE, TASKS, Suggestion, fitting, parse, suggestions
+from shimmy_jupyter.models.suggest import (
+    PERMISSIVE,
+    TASKS,
+    Suggestion,
+    first,
+    fitting,
+    parse,
+    suggestions,
+)
 
 ALL = suggestions()
 TEXT = Path(suggest.__file__).with_name("suggested.json").read_text(encoding="utf-8")
@@ -234,3 +242,33 @@ def changed(place: int, change: Callable[[dict[str, Any]], object]) -> str:
     document = json.loads(TEXT)
     change(document["models"][place])
     return json.dumps(document)
+
+
+class TestFirst:
+    def test_the_largest_that_is_easy(self) -> None:
+        chosen = fitting(32 * GB)
+        begin = first(chosen, (), 32 * GB)
+        assert begin is not None
+        easy = [one.memory_bytes for one in chosen if one.memory_bytes <= 4e9]
+        assert begin.memory_bytes == max(easy)
+
+    def test_half_of_the_memory_stays(self) -> None:
+        begin = first(fitting(4 * GB, "chat"), (), 4 * GB)
+        assert begin is not None
+        assert begin.memory_bytes <= 2 * GB
+
+    def test_the_smallest_where_none_is_easy(self) -> None:
+        chosen = fitting(2 * GB, "chat")
+        begin = first(chosen, (), 2 * GB)
+        assert begin is not None
+        assert begin.memory_bytes == min(one.memory_bytes for one in chosen)
+
+    def test_not_what_is_here(self) -> None:
+        chosen = fitting(32 * GB, "code")
+        begin = first(chosen, (), 32 * GB)
+        assert begin is not None
+        other = first(chosen, {begin.repo}, 32 * GB)
+        assert other is not None
+        assert other.repo != begin.repo
+        assert first(chosen, {one.repo for one in chosen}, 32 * GB) is None
+        assert first((), (), 32 * GB) is None

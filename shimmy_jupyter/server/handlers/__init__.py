@@ -17,6 +17,7 @@ from .library import (
     LoadHandler,
     ProbeHandler,
     PullHandler,
+    SuggestionsHandler,
     UnloadHandler,
     VerifyHandler,
 )
@@ -41,6 +42,7 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"shimmy/api/models/([^/]+)/unload", UnloadHandler),
     (r"shimmy/api/models/([^/]+)/probe", ProbeHandler),
     (r"shimmy/api/models/([^/]+)/verify", VerifyHandler),
+    (r"shimmy/api/suggestions", SuggestionsHandler),
     (r"shimmy/api/jobs", JobsHandler),
     (r"shimmy/api/jobs/([^/]+)", JobHandler),
     (r"shimmy/health", HealthHandler),

@@ -57,6 +57,14 @@ class LibraryModelHandler(ShimmyHandler):
         await self.finish((await self.service.library.describe_one(id)).to_json())
 
 
+class SuggestionsHandler(ShimmyHandler):
+    @web.authenticated
+    @authorized(action="read", resource="shimmy_jupyter:models")
+    async def get(self) -> None:
+        task = self.get_query_argument("task", None)
+        await self.finish(await self.service.library.suggestions(task))
+
+
 @web.stream_request_body
 class DiscoverHandler(_LibraryHandler):
     @web.authenticated
