@@ -242,7 +242,7 @@ async def measure(plan: Plan, settings: Settings, say: Say) -> Found:
             raise InvalidValue(
                 f"at most {settings.max_queue} (ShimmyEngine.max_queue)", param="--clients"
             )
-        id = plan.model or (await service.models())[0].file.id
+        id = plan.model or str(await service.library.default(wait=True))
         say(f"loading {id}")
         # Once before, so that its bytes are known and have been tried out.
         await service.pool.resident(id)

@@ -274,6 +274,11 @@ def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Set
             text.encode()
         except UnicodeEncodeError as error:
             raise TraitError(f"ShimmyEngine.public_prefixes is no text: {error}") from None
+    hub = models.hub or environment.get("HF_ENDPOINT", "")
+    if hub and not re.fullmatch(r"https://[^/@?#\s]+(/[^@?#\s]*)?", hub):
+        raise TraitError(
+            "ShimmyModels.hub or HF_ENDPOINT must be an https address without user or query"
+        )
     app = WithoutServer(config=Config({"WithoutServer": config.get("ShimmyApp", {})}))
     switched_off = environment.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
     return Settings(
@@ -302,7 +307,7 @@ def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Set
         idle_unload=models.idle_unload,
         offline=app.offline or switched_off,
         allow_pull=models.allow_pull,
-        hub=models.hub or environment.get("HF_ENDPOINT", ""),
+        hub=hub,
         hub_token=environment.get("HF_TOKEN") or environment.get("HUGGING_FACE_HUB_TOKEN"),
         pull_hosts=tuple(models.pull_hosts),
         max_request_bytes=limits.max_request_size,

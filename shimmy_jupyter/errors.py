@@ -16,7 +16,8 @@ ShimmyError
 ├── DeadlineExceeded                   408  deadline_exceeded
 ├── QueueFull                          503  queue_full
 ├── ModelLoadFailed                    503  model_load_failed
-│   └── GgufError                      503  model_load_failed: by the file's header alone
+│   ├── GgufError                      503  model_load_failed: by the file's header alone
+│   └── NotEnoughMemory                503  model_load_failed: at the moment
 ├── GenerationFailed                   500  generation_failed: this sequence alone
 ├── FetchFailed                        502  fetch_failed: the other side, the network, or the file's bytes
 │   ├── FetchInterrupted               502  fetch_interrupted: the same call again goes on from there
@@ -150,6 +151,10 @@ class ModelLoadFailed(ShimmyError):
 
 class GgufError(ModelLoadFailed):
     """Why a file is refused before anything is loaded. Names no path, and quotes little of the file."""
+
+
+class NotEnoughMemory(ModelLoadFailed):
+    """Says what is needed and what there is."""
 
 
 class FetchFailed(ShimmyError):

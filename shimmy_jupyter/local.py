@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from .compose import build_service
 from .config import Settings
@@ -51,7 +51,7 @@ class LocalTransport:
 
     async def _answer(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """What the route would; but who waits here waits for everything."""
-        parts = path.removeprefix("shimmy/").split("/")
+        parts = [unquote(part) for part in path.removeprefix("shimmy/").split("/")]
         if method == "GET":
             return await self._look(path)
         library, me = self._service.library, Principal("local")
@@ -69,7 +69,7 @@ class LocalTransport:
     async def _look(self, path: str) -> dict[str, Any]:
         library = self._service.library
         place, _, query = path.removeprefix("shimmy/").partition("?")
-        match place.split("/"):
+        match [unquote(part) for part in place.split("/")]:
             case ["api", "suggestions"]:
                 return await library.suggestions(dict(parse_qsl(query)).get("task"))
             case ["v1", "models"]:
@@ -126,7 +126,7 @@ class LocalTransport:
             pieces.put(error)
         except Exception as defect:
             log.exception("a request failed in a way that nobody foresaw")
-            pieces.put(InternalError(f"{type(defect).__name__}: {defect}"))
+            pieces.put(InternalError(f"{type(defect).__name__}: the log says more"))
         finally:
             pieces.put(None)
 

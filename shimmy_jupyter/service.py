@@ -8,6 +8,7 @@ import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from .completion import Completion, Echo
@@ -100,7 +101,8 @@ def _models_health(statuses: list[ModelStatus]) -> Dependency:
     failed = [f"{s.file.id}: {s.error}" for s in statuses if s.error and not s.file.problem]
     if failed:
         return Dependency("models", "degraded", "; ".join(failed), "replace the file, or remove it")
-    return Dependency("models", "ok", f"{len(statuses)} available")
+    usable = sum(s.file.kind == "model" and not s.file.problem for s in statuses)
+    return Dependency("models", "ok", f"{usable} available")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ class CompletionService:
         self, request: CompletionRequest, held: AsyncExitStack, report: Report
     ) -> _Prepared:
         if request.pin is not None:
-            await self.library.hold(request.model, request.adapter, request.pin)
+            await self.library.attached.hold(request.model, request.adapter, request.pin)
         model = await held.enter_async_context(self.pool.use(request.model, report))
         report(_COUNTING)
         if not model.facts.can_generate:
@@ -169,8 +171,10 @@ class CompletionService:
         if request.sampling.constraint is not None:
             await model.compile(request.sampling.constraint, request.principal.name)
         adapter = await self._adapter(model, request)
+        if request.pin is not None:
+            await self.library.attached.hold_loaded(model, adapter, request.pin)
         encoded = await model.prepare(prompt, request.principal.name, request.chat)
-        return model, encoded, adapter
+        return model, encoded, str(adapter) if adapter is not None else ""
 
     async def _echo(self, model: LoadedModel, request: CompletionRequest, prompt: Encoded) -> Echo:
         prompted, who = request.prompt, request.principal.name
@@ -179,18 +183,14 @@ class CompletionService:
         # What the model wants before every prompt is not part of this one's text.
         return Echo(text, first if text.startswith(first) else "")
 
-    async def _adapter(self, model: LoadedModel, request: CompletionRequest) -> str:
-        """Its path, once it is loaded; "" where the request names none and the model has none."""
+    async def _adapter(self, model: LoadedModel, request: CompletionRequest) -> Path | None:
+        """Its path, once it is loaded; None where the request names none and the model has none."""
+        attached = self.library.attached
         try:
-            found = await self.pool.adapter(request.model, request.adapter)
-            if found is None:
-                return ""
-            path = str(found)
-            await model.use_adapter(path)
+            return await attached.use_adapter(model, request.model, request.adapter)
         except (ModelNotFound, ModelLoadFailed) as error:
             error.param = "adapter"
             raise
-        return path
 
     async def _prepared(
         self, request: CompletionRequest, held: AsyncExitStack, report: Report
@@ -198,7 +198,9 @@ class CompletionService:
         try:
             return await self._encoded(request, held, report)
         except EngineLost:
-            # Its process ended while nobody was using it: nothing of this request is lost.
+            # Its process ended while nobody was using it: nothing of this request is lost. What is
+            # held of it is given up first, as another takes its place when nobody has it.
+            await held.aclose()
             return await self._encoded(request, held, report)
 
     def _room(self, request: CompletionRequest, prompt_tokens: int, facts: ModelFacts) -> int:
@@ -236,7 +238,8 @@ class CompletionService:
                 try:
                     embedder, tokens = await self._inputs(request, held)
                 except EngineLost:
-                    # Its process ended while nobody was using it: nothing of this request is lost.
+                    # As in `_prepared`.
+                    await held.aclose()
                     embedder, tokens = await self._inputs(request, held)
                 return Vectors(await embedder.vectors(tokens, who), sum(map(len, tokens)))
         except TimeoutError:
@@ -303,6 +306,7 @@ class CompletionService:
         return sum(model.active for model in self.pool.loaded()) + self.library.jobs.active
 
     async def close(self) -> None:
+        self.pool.begin_close()
         await self.library.close()
         await self.pool.close()
 

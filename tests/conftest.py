@@ -18,6 +18,7 @@ _KEPT = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_KEPT] = home = tempfile.TemporaryDirectory()
+    Path(home.name, "home").mkdir()
     for name in _FOLDERS:
         os.environ[name] = str(Path(home.name, name.lower()))
     for name in ("HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "SHIMMY_MODEL_PATHS"):

@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from .. import __version__
+from ..models.sources import SELF_TEST
 from ..notebook.client import events
 from ..notebook.display import clean
 from .checklist import doctor_command
-from .follow import follow
+from .follow import follow, path, said
 from .here import addressed
 from .library import models, probe, pull, verify
 from .local import Local
@@ -59,11 +60,17 @@ def generate(
     }
     with Local() as local:
         body = addressed(local, body, profile)
-        body.setdefault("model", local.get("shimmy/api/models")["default"])
+        if "model" not in body:
+            body["model"] = local.get("shimmy/api/models")["default"]
+            if body["model"] == SELF_TEST:
+                said(
+                    f"{SELF_TEST} answers, which recites docstrings and nothing else; for a real model: "
+                    "shimmy models --suggest"
+                )
         # What is pinned is compared before it is loaded, which the request alone does.
         if "pin" not in body:
             # First, as it may take a while: then it is said how far it is.
-            follow(local, local.post(f"shimmy/api/models/{body['model']}/load", {})["job"])
+            follow(local, local.post(f"{path(body['model'])}/load", {})["job"])
         last = _answer(local, body)
     click.echo()
     if stats:

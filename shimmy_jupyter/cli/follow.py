@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import click
 
@@ -87,6 +88,11 @@ def _pace(done: int, left: int, seconds: float) -> str:
     rate = done / seconds
     minutes, rest = divmod(round(left / rate), 60)
     return f", {rate / 1e6:.1f} MB/s, {minutes}:{rest:02} left"
+
+
+def path(name: str) -> str:
+    """The route of a model, whatever somebody has typed for its name."""
+    return f"shimmy/api/models/{quote(name, safe='')}"
 
 
 def table(rows: list[list[str]]) -> str:

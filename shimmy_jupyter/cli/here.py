@@ -17,7 +17,7 @@ from ..errors import ModelLoadFailed, ModelNotFound
 from ..models import lockfile, pinning
 from ..models.lockfile import NAME, Adapter, Lock, LockError, Pin
 from ..notebook.display import clean
-from .follow import follow, said
+from .follow import follow, path, said
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ class Here:
         """SHA-256 of its files, in order, all bytes read again. Raises `ModelLoadFailed`."""
         if id not in self._digests:
             model = self.model(id)
-            job = self._local.post(f"shimmy/api/models/{id}/verify", {})["job"]
+            job = self._local.post(f"{path(id)}/verify", {})["job"]
             try:
                 found = follow(self._local, job)
             except ModelLoadFailed as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 from urllib.parse import urlencode
 
@@ -10,7 +11,7 @@ import click
 
 from ..notebook.display import clean
 from ..types import amount
-from .follow import follow, said, table
+from .follow import follow, path, said, table
 from .local import Local
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
@@ -70,7 +71,7 @@ def _listed(found: dict[str, Any]) -> str:
             ]
         )
     lines = [table(rows), "* answers where no model is named"]
-    return "\n".join([*lines, *(f"\n{note}" for note in notes)])
+    return "\n".join([*lines, *([""] * bool(notes)), *notes])
 
 
 def _number(value: int | None) -> str:
@@ -111,8 +112,8 @@ def _suggest(found: dict[str, Any], *, as_json: bool) -> None:
 def probe(name: str, *, as_json: bool) -> None:
     """Try out the model NAME in a process of its own, and say what happened."""
     with Local() as local:
-        verdict = follow(local, local.post(f"shimmy/api/models/{name}/probe", {})["job"])
-        model = local.get(f"shimmy/api/models/{name}")
+        verdict = follow(local, local.post(f"{path(name)}/probe", {})["job"])
+        model = local.get(path(name))
     if as_json:
         _dump({"model": name, **verdict})
     else:
@@ -141,12 +142,19 @@ def _verdict(name: str, verdict: dict[str, Any], model: dict[str, Any]) -> str:
 @_JSON
 def verify(name: str, sha256: str | None, *, as_json: bool) -> None:
     """Read all bytes of the model NAME again, and compare their SHA-256."""
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise click.BadParameter("a SHA-256 is 64 hex digits", param_hint="--sha256")
     with Local() as local:
-        found = follow(local, local.post(f"shimmy/api/models/{name}/verify", {})["job"])
-    expected = sha256.lower() if sha256 is not None else found["expected"]
-    same = expected is None or found["sha256"][0] == expected
+        files = local.get(path(name))["files"]
+        if sha256 is not None and files > 1:
+            raise click.BadParameter(f"{name} has {files} files", param_hint="--sha256")
+        found = follow(local, local.post(f"{path(name)}/verify", {})["job"])
+    wanted = [sha256.lower()] if sha256 is not None else found["expected"]
+    pairs = list(zip(wanted, found["sha256"], strict=True))
+    expected = next((said for said, _ in pairs if said is not None), None)
+    same = all(said in {None, digest} for said, digest in pairs)
     if as_json:
-        _dump({"model": name, **found, "expected": expected, "ok": same})
+        _dump({"model": name, **found, "expected": wanted, "ok": same})
     else:
         for digest in found["sha256"]:
             click.echo(f"{digest}  {name}")

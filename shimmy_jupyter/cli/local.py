@@ -34,9 +34,14 @@ class Local:
         from ..local import LocalTransport
 
         try:
-            self._transport = LocalTransport(settings(load_config()))
+            chosen = settings(load_config())
         except TraitError as error:
             raise click.ClickException(f"in Jupyter's configuration: {error}") from error
+        except Exception as error:  # a configuration file is a program of somebody else's
+            from ..doctor.checks import where
+
+            raise click.ClickException(f"in Jupyter's configuration: {where(error)}") from error
+        self._transport = LocalTransport(chosen)
         return self._transport
 
     def __exit__(
@@ -46,6 +51,9 @@ class Local:
         traceback: TracebackType | None,
     ) -> None:
         self._transport.close()
+        if isinstance(error, KeyboardInterrupt):
+            click.echo("stopped", err=True)
+            raise click.exceptions.Exit(130) from None
         if isinstance(error, ShimmyError):
             field = f" (field {error.param!r})" if error.param else ""
             raise click.ClickException(f"{error.message}{field} [{error.code}]") from None

@@ -77,7 +77,7 @@ def _target(_context: click.Context, option: click.Parameter, path: Path | None)
 @click.option("--json", "as_json", type=_FILE, callback=_target, help="Every measurement, as JSON.")
 @click.option("--plot", type=_FILE, callback=_target, help="A picture; needs matplotlib.")
 def bench(*, as_json: Path | None, plot: Path | None, isolation: str | None, **plan: Any) -> None:
-    """Measure how fast MODEL, or the first that is listed, answers on this machine."""
+    """Measure how fast MODEL, or the one with * in `shimmy models`, answers on this machine."""
     from ..bench import Plan, measure
     from ..config import load_config, settings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from traitlets import TraitError
 from traitlets.config import Config
 
-from ..config import Settings
+from ..config import CONFIGURABLES, Settings
 from . import builds, folders, servers
 from .look import Machine
 from .verdict import Check
@@ -48,16 +48,32 @@ def _configuration(look: Machine) -> tuple[Config | None, Settings | None, list[
         return (
             None,
             None,
-            [Check(name, "fail", _where(error), "jupyter server --show-config says more")],
+            [Check(name, "fail", where(error), "jupyter server --show-config says more")],
         )
     try:
         settings = look.settings(config)
     except TraitError as error:
         return config, None, [Check(name, "fail", str(error), "correct that setting")]
+    if unknown := _unknown(config):
+        action = "correct its spelling: what nobody knows has no effect"
+        return config, settings, [Check(name, "warn", f"no such setting: {unknown}", action)]
     return config, settings, [Check(name, "ok", "every setting can be used")]
 
 
-def _where(error: Exception) -> str:
+def _unknown(config: Config) -> str:
+    """Settings of ours that there are not."""
+    ours = {cls.__name__: {*cls.class_trait_names(config=True)} for cls in CONFIGURABLES}
+    ours |= {"ShimmyApp": {"offline"}, "ShimmyMagics": set()}
+    wrong = []
+    for section, settings in config.items():
+        if section in ours and section != "ShimmyMagics":
+            wrong += [f"{section}.{name}" for name in settings if name not in ours[section]]
+        elif section.startswith("Shimmy") and section not in ours:
+            wrong.append(section)
+    return ", ".join(sorted(wrong)[:5])
+
+
+def where(error: Exception) -> str:
     """What went wrong in which file, but not what that file was just working on."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}, line {error.lineno}: {error.msg}"

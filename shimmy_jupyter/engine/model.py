@@ -107,7 +107,9 @@ class LoadedModel:
             made = await asyncio.to_thread(backend)
         except (ImportError, OSError, RuntimeError) as error:
             log.exception("llama-cpp-python does not load")
-            raise ModelLoadFailed(f"llama-cpp-python does not load here: {error}") from error
+            raise ModelLoadFailed(
+                "llama-cpp-python does not load here: `shimmy doctor` and the log say why"
+            ) from error
         engine = Engine(
             made,
             spec,

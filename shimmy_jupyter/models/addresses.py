@@ -87,7 +87,10 @@ def check_url(url: str, allowed_hosts: Iterable[str]) -> Target:
     host, port = _host_and_port(authority)
     if not any(_rule(entry).permits(host, port) for entry in allowed_hosts):
         shown = host if port == 443 else f"{host}:{port}"
-        raise FetchRefused(f"{shown} is not among the hosts that files may be fetched from")
+        raise FetchRefused(
+            f"{shown} is not among the hosts that files may be fetched from: "
+            "ShimmyModels.pull_hosts, in Jupyter's configuration, can name further ones"
+        )
     return Target("https", host, port, path if path.startswith("/") else f"/{path}")
 
 
@@ -142,7 +145,8 @@ def _rule(entry: str) -> _Rule:
         host, port = _host_and_port(entry.removeprefix("*."))
     except FetchRefused:
         raise Misconfigured(
-            f"allowed hosts: {entry!r} is neither a host nor *.host, with or without a port"
+            f"ShimmyModels.hub or pull_hosts: {entry!r} is neither a host nor *.host, with or "
+            "without a port"
         ) from None
     return _Rule(host, port, below)
 

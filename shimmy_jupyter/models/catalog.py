@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -40,15 +41,27 @@ class Catalog:
         self._models: dict[str, Found] | None = None
         self._looking: asyncio.Task[dict[str, Found]] | None = None
         self._looked = 0.0
+        self._asked = self._answered = 0
+        """How many looks were asked for while another was made, and up to which this is the answer."""
         self._said: set[Warning] = set()
         self.warnings: tuple[Warning, ...] = ()
         """Of the last look. They hold paths: for the log, and for who owns the server's account."""
 
     async def models(self) -> dict[str, Found]:
-        return await self.look() if self._models is None else self._models
+        return self._models if self._models is not None else await self._glance()
 
     async def look(self) -> dict[str, Found]:
-        """What there is now."""
+        """What there is now: a look that had begun before may have passed by it already."""
+        if self._looking is not None and not self._looking.done():
+            self._asked += 1
+            mine = self._asked
+            await asyncio.wait([self._looking])
+            if self._answered >= mine and self._models is not None:
+                return self._models
+        return await self._glance()
+
+    async def _glance(self) -> dict[str, Found]:
+        """By a look that may have begun before."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
         return await asyncio.shield(self._looking)
@@ -59,16 +72,14 @@ class Catalog:
         if id not in models and self._clock() - self._looked >= PAUSE:
             models = await self.look()
         if id not in models:
-            names = [*models][:_NAMED] + ["…"] * (len(models) > _NAMED)
-            raise ModelNotFound(
-                f"there is no model {id!r}; there are: {', '.join(names)}", param="model"
-            )
+            raise ModelNotFound(missing(id, models), param="model")
         return models[id]
 
     async def _look(self) -> dict[str, Found]:
+        asked = self._asked
         scan = await in_thread(self._scanner.scan)
         self._models = {found.id: found for found in scan.found}
-        self._looked = self._clock()
+        self._looked, self._answered = self._clock(), asked
         self.warnings = scan.warnings
         for warning in scan.warnings:
             if warning not in self._said:
@@ -80,6 +91,19 @@ class Catalog:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
+
+
+def missing(id: str, models: Mapping[str, Found]) -> str:
+    """What to say of a name that no model has: the names that are like it, or what there is."""
+    usable = [name for name, found in models.items() if found.problem is None]
+    plain = id.rpartition("/")[2].removesuffix(".gguf")
+    by_case = {name.lower(): name for name in usable}
+    close = difflib.get_close_matches(plain.lower(), by_case, n=3, cutoff=0.7)
+    if close:
+        names = " or ".join(repr(by_case[name]) for name in close)
+        return f"there is no model {id!r}; did you mean {names}?"
+    names = ", ".join(usable[:_NAMED] + ["…"] * (len(usable) > _NAMED))
+    return f"there is no model {id!r}; there are: {names}"
 
 
 class HeaderFacts:

@@ -284,7 +284,8 @@ class _Store:
         name = _name(path)
         temporary = f".{name}.{secrets.token_hex(8)}"
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for one in (self._folder.parent, self._folder):
+                one.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._opened() as folder:
                 try:
                     # Not synced: a record that a power cut tears is damaged, and as none.

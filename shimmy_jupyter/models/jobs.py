@@ -8,8 +8,9 @@ import logging
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ..errors import Cancelled, InternalError, NotFound, QueueFull, ShimmyError, ShuttingDown
@@ -21,7 +22,8 @@ MOST_RUNNING = 16
 """Of one user."""
 KEEP = 600.0
 """Seconds for which a job that has ended can be asked for."""
-_MOST_KEPT = 256
+_MOST_KEPT = 64
+"""Of one user, those that ended last."""
 T = TypeVar("T")
 
 
@@ -75,10 +77,23 @@ async def in_thread(work: Callable[[Stopped], T]) -> T:
         return await asyncio.shield(done)
     except asyncio.CancelledError:
         stop.set()
-        await asyncio.wait([done])
+        await settled(done)
         if not done.cancelled():
             done.exception()
         raise
+
+
+async def settled(future: asyncio.Future[Any]) -> bool:
+    """Waits until it is done, whoever cancels meanwhile, and however often. Whether anybody has: then the
+    caller raises `CancelledError`.
+    """
+    stopped = False
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError:
+            stopped = True
+    return stopped
 
 
 class Job:
@@ -116,6 +131,7 @@ class Job:
     def end(self, state: str, now: float) -> None:
         self._heed()
         self.state, self.ended = state, now
+        self.progress = replace(self.progress, message=state)
         self._announce()
 
     def _announce(self) -> None:
@@ -238,10 +254,11 @@ class Jobs:
         return job
 
     def _forget(self) -> None:
-        ended = [job for job in self._jobs.values() if job.ended is not None]
-        for number, job in enumerate(reversed(ended)):
-            assert job.ended is not None
-            if number >= _MOST_KEPT or self._clock() - job.ended > KEEP:
+        ended = [(job.ended, job) for job in self._jobs.values() if job.ended is not None]
+        counts: Counter[str] = Counter()
+        for when, job in sorted(ended, key=lambda one: one[0], reverse=True):
+            counts[job.owner] += 1
+            if counts[job.owner] > _MOST_KEPT or self._clock() - when > KEEP:
                 del self._jobs[job.id]
 
     @property

@@ -5,13 +5,17 @@ and the command line all come through here.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AccessDenied, ModelDrifted, ModelLoadFailed, UnsupportedParameter
-from ..types import PinnedModel, Principal
+from ..errors import AccessDenied, InvalidValue, ModelLoadFailed
+from ..types import Principal
+from .attached import Attached
 from .gguf import GgufFacts
 from .jobs import Job, Jobs, Progress, Report, Stopped, in_thread
 from .lifecycle import ModelPool
@@ -19,7 +23,7 @@ from .references import parse
 from .resident import ModelStatus
 from .sources import SELF_TEST, Found
 from .suggest import first, fitting, suggestions
-from .vetting import Vetting
+from .vetting import Vetting, expected
 
 if TYPE_CHECKING:  # what opens connections is imported where one is wanted
     from .pull import Puller, PullProgress
@@ -79,48 +83,69 @@ class ModelLibrary:
     ) -> None:
         self.engine = engine
         self.pool, self.jobs = pool, Jobs()
+        self.attached: Attached[Any] = Attached(pool, vetting)
         self._vetting = vetting
         self._make_puller = puller
         self._reading: asyncio.Task[None] | None = None
-        self._wrong: dict[Found, str] = {}
-        self._facts: dict[Found, GgufFacts] = {}
+        self._describing: asyncio.Task[list[Described]] | None = None
+        self._known = threading.Lock()
+        # By path: two tags of Ollama's can have one file.
+        self._wrong: dict[Path, str] = {}
+        self._facts: dict[Path, GgufFacts] = {}
 
     # Looking
 
     async def describe(self, *, wait: bool = False) -> list[Described]:
-        """All models. Headers that nobody has read yet are waited for, for two seconds unless `wait`."""
+        """All models. Headers that nobody has read yet are waited for, for two seconds unless `wait`.
+        Those who ask at once share one look.
+        """
         await self._read_headers(None if wait else _PATIENCE)
+        if self._describing is None or self._describing.done():
+            self._describing = asyncio.create_task(self._describe_all())
+        return await asyncio.shield(self._describing)
+
+    async def _describe_all(self) -> list[Described]:
         statuses = await self.pool.status()
-        return await asyncio.to_thread(self._describe, statuses)
+        return await in_thread(lambda _: self._describe(statuses))
 
     async def describe_one(self, id: str) -> Described:
         """Raises `ModelNotFound`."""
         found = await self.pool.catalog.find(id)
-        await asyncio.to_thread(self._read, found)
-        (described,) = await asyncio.to_thread(self._describe, [self.pool.status_of(found)])
+        await self.pool.look(lambda _: self._read(found))
+        status = self.pool.status_of(found)
+        (described,) = await in_thread(lambda _: self._describe([status]))
         return described
 
-    async def default(self) -> str:
-        """The model that answers where none is named: the first that is listed, chats, and would fit
-        into this machine's memory if nothing else were there; else the bundled one. So it does not
-        change with what else is running.
+    async def default(self, *, wait: bool = False) -> str | None:
+        """The model that answers where none is named: the first that is listed, chats, has not failed,
+        and would fit into this machine's memory if nothing else were there; else the bundled one. So it
+        does not change with what else is running. None while headers are being read that decide it, unless to `wait` for them.
         """
-        models = tuple((await self.pool.catalog.models()).values())
+        await self._read_headers(None if wait else 0.0)
+        if self._vetting is None:
+            return [*await self.pool.catalog.models()][-1]
+        statuses = await self.pool.status()
+        with self._known:
+            known = dict(self._facts), set(self._wrong)
+        return await in_thread(lambda _: self._chosen(statuses, *known))
 
-        def chosen() -> str:
-            for found in models:
-                self._read(found)
-                facts = self._facts.get(found)
-                if found.kind == "model" and facts is not None and self._chats(facts):
-                    return found.id
-            return models[-1].id if self._vetting is None else SELF_TEST
-
-        return await asyncio.to_thread(chosen)
+    def _chosen(
+        self, statuses: list[ModelStatus], facts: dict[Path, GgufFacts], wrong: set[Path]
+    ) -> str | None:
+        for status in statuses:
+            found = status.file
+            if found.kind != "model" or status.state in {"failed", "quarantined"}:
+                continue
+            if found.path not in facts and found.path not in wrong:
+                return None
+            if found.path in facts and self._chats(facts[found.path]):
+                return found.id
+        return SELF_TEST
 
     def _chats(self, facts: GgufFacts) -> bool:
         if facts.kind != "model" or facts.chat_template is None or self._vetting is None:
             return False
-        return self._vetting.fit(facts, self._vetting.capacity).ok
+        return self._vetting.could_fit(facts)
 
     async def suggestions(self, task: str | None = None) -> dict[str, Any]:
         """What is worth downloading that fits into this machine, as JSON. Raises `InvalidValue` for a
@@ -162,27 +187,36 @@ class ModelLibrary:
                     return
                 self._read(found)
 
-        there = set(models)
-        self._wrong = {found: why for found, why in self._wrong.items() if found in there}
-        self._facts = {found: facts for found, facts in self._facts.items() if found in there}
+        there = {found.path for found in models}
+        with self._known:
+            for known in (self._wrong, self._facts):
+                for path in known.keys() - there:
+                    del known[path]
         await in_thread(work)
 
     def _read(self, found: Found) -> None:
         if self._vetting is None:
             return
+        path = found.path
         try:
-            self._facts[found] = self._vetting.facts(found)
-            self._wrong.pop(found, None)
+            facts = self._vetting.facts(found)
         except ModelLoadFailed as error:
-            self._wrong[found] = error.message
-            self._facts.pop(found, None)
+            with self._known:
+                self._facts.pop(path, None)
+                self._wrong[path] = error.message
+        else:
+            with self._known:
+                self._wrong.pop(path, None)
+                self._facts[path] = facts
 
     def _describe(self, statuses: list[ModelStatus]) -> list[Described]:
         vetting, described = self._vetting, []
         available = vetting.available() + self.pool.freeable if vetting is not None else 0
+        with self._known:
+            known, bad = dict(self._facts), dict(self._wrong)
         for status in statuses:
             found = status.file
-            facts, wrong = self._facts.get(found), self._wrong.get(found)
+            facts, wrong = known.get(found.path), bad.get(found.path)
             if wrong is not None and status.state == "available":
                 status = ModelStatus(found, "failed", wrong)  # noqa: PLW2901
             fit = digests = None
@@ -192,25 +226,6 @@ class ModelLibrary:
                     fit = vetting.fit(facts, available).to_json()
             described.append(Described(status, facts, digests, fit))
         return described
-
-    async def hold(self, id: str, adapter: str, pin: PinnedModel) -> None:
-        """See to it that a model is what a request pins. Raises `ModelDrifted` with every difference,
-        `ModelNotFound`, `ModelLoadFailed`.
-        """
-        vetting = self._vetting
-        if vetting is None:
-            raise UnsupportedParameter("models are not verified here", param="pin")
-        found = await self.pool.catalog.find(id)
-        other = await self.pool.catalog.find(adapter) if adapter else None
-        drifts = await in_thread(lambda stopped: vetting.differences(found, other, pin, stopped))
-        said = [str(one) for one in drifts]
-        held = self.pool.status_of(found).vetted
-        if held is not None and held.digests not in {(), (pin.sha256, *pin.parts)}:
-            said.append(
-                "what is in memory is another file than the one that is there now: unload it"
-            )
-        if said:
-            raise ModelDrifted(f"{id} is not what is pinned: {'; '.join(said)}", param="pin")
 
     # Doing
 
@@ -246,7 +261,7 @@ class ModelLibrary:
 
         async def work(report: Report) -> Mapping[str, Any]:
             async with self.pool.memory_turn():
-                return await in_thread(lambda stopped: try_out(report, stopped))
+                return await self.pool.look(lambda stopped: try_out(report, stopped))
 
         return self.jobs.start("probe", id, principal, work)
 
@@ -264,12 +279,12 @@ class ModelLibrary:
             facts = vetting.facts(found)
             return {
                 "sha256": list(digests),
-                "expected": found.expected_sha256,
+                "expected": expected(found),
                 "chat_template": facts.chat_template_sha256,
             }
 
         async def work(report: Report) -> Mapping[str, Any]:
-            return await in_thread(lambda stopped: read(report, stopped))
+            return await self.pool.look(lambda stopped: read(report, stopped))
 
         return self.jobs.start("verify", id, principal, work)
 
@@ -280,7 +295,12 @@ class ModelLibrary:
         puller = await asyncio.to_thread(self._make_puller)
         suggested = {one.id: one.reference for one in suggestions()}
         wanted = suggested.get(reference, reference)
-        parse(wanted)
+        try:
+            shown = str(parse(wanted))
+        except InvalidValue as error:
+            close = difflib.get_close_matches(reference.lower().replace(":", "-"), suggested, n=1)
+            hint = f"did you mean the suggestion {close[0]}? " if close else ""
+            raise InvalidValue(f"{hint}{error.message}", param="model") from None
 
         def fetch(report: Report, stopped: Stopped) -> Any:
             def progress(now: PullProgress) -> None:
@@ -304,7 +324,7 @@ class ModelLibrary:
                 "notes": list(pulled.notes),
             }
 
-        return self.jobs.start("pull", reference[:200], principal, work)
+        return self.jobs.start("pull", shown[:200], principal, work)
 
     async def close(self) -> None:
         """End what is running; the pool is its owner's to close."""

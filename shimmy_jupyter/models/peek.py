@@ -59,7 +59,7 @@ def kind_of(file: File) -> Kind | Problem:
     for size in _PEEKS:
         head = read(file, size)
         if not head.startswith(b"GGUF"):
-            return Problem("is no GGUF file")
+            return Problem(_instead(head))
         told, enough = _told(head)
         if enough or len(head) < size:
             break
@@ -69,6 +69,15 @@ def kind_of(file: File) -> Kind | Problem:
     if type == b"mmproj" or architecture == b"clip":
         return "projector"
     return "model" if architecture and type in {None, b"model"} else "unknown"
+
+
+def _instead(head: bytes) -> str:
+    """What a file is that should have been a model: the usual mishaps of downloads."""
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer and not the file itself: `git lfs pull` gets it"
+    if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, saved under a model's name"
+    return "is empty" if not head else "is no GGUF file"
 
 
 class _Cursor:

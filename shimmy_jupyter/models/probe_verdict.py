@@ -269,7 +269,8 @@ def _contents(path: Path) -> bytes:
 
 def _replace(folder: Path, name: str, data: bytes) -> None:
     """Write the file, or leave what was there. Raises OSError."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for one in (folder.parent, folder):
+        one.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = folder.stat()
     if facts.st_uid != os.geteuid():
         raise PermissionError(errno.EPERM, "the folder is somebody else's")

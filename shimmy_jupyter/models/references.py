@@ -154,8 +154,8 @@ def _why_not(text: str) -> str:
         return "that is a file on this machine: put it into a folder of models, it needs no pull"
     if not others or "ollama" in first.lower():
         return (
-            f"{_shown(text)} looks like a name of Ollama's, whose registry is not pulled from: {_FORMS}. "
-            "What Ollama has pulled already is found by itself"
+            f"{_shown(text)} is neither a repository nor a suggestion (`shimmy models --suggest`): {_FORMS}. "
+            "Ollama's registry is not pulled from; what Ollama has pulled is found by itself"
         )
     if len(others) > 1 and ":" not in text and text.lower().endswith(_SUFFIX):
         return f"after the repository comes a colon: {first}/{others[0]}:{'/'.join(others[1:])}"

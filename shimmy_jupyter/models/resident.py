@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from ..types import Failure
-from .jobs import Progress, Report
+from .jobs import Progress, Report, settled
 from .sources import Found
 from .vetting import Vetted
+
+log = logging.getLogger("shimmy_jupyter.models")
 
 
 class Resident(Protocol):
@@ -28,6 +31,7 @@ class Resident(Protocol):
     @property
     def mapped_bytes(self) -> int: ...
 
+    async def use_adapter(self, path: str) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -41,6 +45,14 @@ class ModelStatus:
     state: str
     error: str | None = None
     vetted: Vetted | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """A LoRA adapter as it was when it was loaded; `stamp` None where that cannot be told."""
+
+    stamp: object
+    digest: str
 
 
 M = TypeVar("M", bound=Resident)
@@ -60,7 +72,8 @@ class Entry(Generic[M]):
         """Requests that have the model in their hands and may not have begun yet."""
         self.used = now
         self.gone = asyncio.Event()
-        self.adapters: set[Path] = set()
+        self.adapters: dict[Path, LoadedAdapter] = {}
+        self.closing = False
 
     def report(self, progress: Progress) -> None:
         self.progress = progress
@@ -89,3 +102,13 @@ def status_of(found: Found, entry: Entry[M]) -> ModelStatus:
     if model.failure is not None:
         return ModelStatus(found, "failed", model.failure.message)
     return ModelStatus(found, "loaded", vetted=entry.vetted)
+
+
+async def closed(model: Resident) -> None:
+    """Free its memory, whoever gives up meanwhile."""
+    task = asyncio.ensure_future(model.close())
+    stopped = await settled(task)
+    if (error := task.exception()) is not None:
+        log.error("a model could not be closed", exc_info=error)
+    if stopped:
+        raise asyncio.CancelledError

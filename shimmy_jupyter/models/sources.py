@@ -27,6 +27,8 @@ from .scan import Disk, Entry, File, Warning, join, never, why
 SELF_TEST = "self-test"
 BUNDLED = Path(__file__).parent.parent / "bundled" / "self-test.gguf"
 DEEPEST = 32
+_ROUTES = ("discover", "pull")
+"""Names that mean something else where a model's stands in a route."""
 MOST_MISSING = 1000
 """So many numbers of missing shards are listed at most."""
 
@@ -145,7 +147,7 @@ class _Names:
     """
 
     def __init__(self) -> None:
-        self._taken = {SELF_TEST}
+        self._taken = {SELF_TEST, *_ROUTES}
 
     def take(self, name: str, path: str) -> str:
         plain = _NOT_IN_A_NAME.sub("-", name)[:_LONGEST_NAME] or "model"

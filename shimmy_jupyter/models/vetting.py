@@ -8,14 +8,15 @@ Blocking, for a thread of the caller's. `Vetting.look` can be done for many mode
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import ModelLoadFailed
+from ..errors import GgufError, ModelLoadFailed, NotEnoughMemory, UnsupportedParameter
 from ..types import PinnedModel
 from .catalog import HeaderFacts, stamp_of
-from .drift import Drift, drift
+from .drift import Drift, Severity, drift
 from .drift import Found as Here
 from .gguf import GgufFacts
 from .hashes import Hashes, key_of
@@ -33,6 +34,8 @@ _WORDS = {
     "unknown": "no model that is known here",
 }
 _ADAPTER = "adapter"
+_CHANGED = "its file was changed meanwhile; try again"
+_BLOB = re.compile(r"(?:sha256-)?([0-9a-f]{64})")
 _ABOUT_BYTES = {"refused", "crashed", "illegal_instruction", "hung"}
 
 
@@ -90,14 +93,14 @@ class Vetting:
         """`held` are bytes that could be freed for it. Raises `ModelLoadFailed` with the reason, and
         `Cancelled`.
         """
+        stamp = stamp_of(found)  # first: what changes from now on will be seen
         facts = self.facts(found)
         if found.kind != "model":
-            raise ModelLoadFailed(f"it is {_WORDS[found.kind]}")
-        stamp = stamp_of(found)
+            raise UnsupportedParameter(f"it is {_WORDS[found.kind]}", param="model")
         # Before its bytes are read, which may take minutes.
         could = self.fit(facts, self._memory() + held)
         if self._needs.check and not could.ok:
-            raise ModelLoadFailed(f"it {could.message}")
+            raise NotEnoughMemory(f"it {could.message}")
         wanted = self.prober is not None or found.expected_sha256 is not None
         digests = self.digests(found, report, stopped) if wanted else ()
         return Vetted(found, facts, digests, could.needed, stamp)
@@ -115,18 +118,20 @@ class Vetting:
         """
         digests: list[str] = []
         before = 0
-        for part in found.parts:
+        sizes = [stamp[2] for stamp in stamp_of(found)]
+        for part, size in zip(found.parts, sizes, strict=True):
             if (known := self.hashes.known(part)) is not None:
                 digests.append(known)
-                before += part.stat().st_size
+                before += size
                 continue
 
             def progress(done: int, total: int, before: int = before) -> None:
                 report(Progress("hashing", before + done, found.size_bytes, "bytes"))
 
             digests.append(self.hashes.sha256(part, progress, stopped))
-            before += part.stat().st_size
-        if found.expected_sha256 not in {None, digests[0]}:
+            before += size
+        wanted = zip(expected(found), digests, strict=True)
+        if any(said not in {None, digest} for said, digest in wanted):
             raise ModelLoadFailed(
                 "its bytes are not those that it was downloaded as; pull it again"
             )
@@ -153,6 +158,10 @@ class Vetting:
     def room(self) -> int:
         """Bytes for models on a quiet machine."""
         return max(0, self.capacity - self._needs.reserve)
+
+    def could_fit(self, facts: GgufFacts) -> bool:
+        """Into this machine, with nothing else in it."""
+        return not self._needs.check or self.fit(facts, self.capacity).ok
 
     def available(self) -> int:
         """Bytes of memory that a process could take now."""
@@ -200,14 +209,22 @@ class Vetting:
             report(Progress(f"probing: {name}"))
 
         report(Progress("probing"))
-        return self.prober.probe(
-            key or key_of(vetted.digests),
+        key = key or key_of(vetted.digests)
+        if not unchanged(vetted):
+            raise ModelLoadFailed(_CHANGED)
+        verdict = self.prober.probe(
+            key,
             vetted.found.parts,
             vetted.needed,
             adapter=adapter,
             cancelled=stopped,
             stage=stage,
         )
+        if not unchanged(vetted):
+            # It may be other bytes that were tried out than those that the key stands for.
+            self.prober.forget(key)
+            raise ModelLoadFailed(_CHANGED)
+        return verdict
 
     def differences(
         self, found: Found, adapter: Found | None, pin: PinnedModel, stopped: Stopped
@@ -217,7 +234,8 @@ class Vetting:
         """
         facts, digests = self.facts(found), self.digests(found, unheard, stopped)
         names = [_ADAPTER] if pin.adapter is not None else []
-        here = {}
+        here: dict[str, str] = {}
+        unasked: list[Drift] = []
         if adapter is not None:
             self.facts(adapter)
             here[_ADAPTER] = self.digests(adapter, unheard, stopped)[0]
@@ -230,8 +248,12 @@ class Vetting:
             context_size=pin.context_size,
             adapters=tuple(Adapter(name, pin.adapter or "") for name in names),
         )
+        if adapter is not None and pin.adapter is None:
+            unasked = [
+                Drift(_ADAPTER, "it has an adapter", "none", here[_ADAPTER], Severity.REFUSE)
+            ]
         context = self._needs.context_size or min(facts.context_size, DEFAULT_CONTEXT)
-        return drift(
+        return unasked + drift(
             wanted,
             Here(
                 size=found.size_bytes,
@@ -244,10 +266,11 @@ class Vetting:
             ),
         )
 
-    def adapter(self, base: Vetted, found: Found, report: Report, stopped: Stopped) -> Path:
-        """An adapter's file, once it has been tried out with its model. Raises `ModelLoadFailed`, and
-        `Cancelled`.
+    def adapter(self, base: Vetted, found: Found, report: Report, stopped: Stopped) -> str:
+        """An adapter's SHA-256, once it has been tried out with its model. Raises `ModelLoadFailed`,
+        and `Cancelled`.
         """
+        stamp = stamp_of(found)
         facts = self.facts(found)
         if found.kind != "adapter":
             raise ModelLoadFailed(f"{found.id} is no LoRA adapter")
@@ -256,18 +279,55 @@ class Vetting:
                 f"{found.id} was made for {facts.architecture}, and this model is "
                 f"{base.facts.architecture}"
             )
+        if self._needs.check and found.size_bytes + self._needs.reserve > self._memory():
+            raise NotEnoughMemory(f"there is no memory for {found.id} at the moment")
+        (own,) = self.digests(found, report, stopped)
         if self.prober is not None:
-            own = self.digests(found, report, stopped)
-            key = key_of((*base.digests, *own))
+            key = key_of((*base.digests, own))
             verdict = self.prober.known(key) or self.probe(base, report, stopped, found.path, key)
+            if stamp_of(found) != stamp:
+                self.prober.forget(key)
+                raise ModelLoadFailed(_CHANGED)
             if not verdict.ok:
                 raise ModelLoadFailed(f"the probe: {verdict.reason}")
-        return found.path
+        return own
 
 
 def unchanged(vetted: Vetted) -> bool:
     """Whether its files are those that were looked at."""
-    return stamp_of(vetted.found) == vetted.stamp
+    try:
+        return stamp_of(vetted.found) == vetted.stamp
+    except GgufError:  # gone
+        return False
+
+
+def expected(found: Found) -> list[str | None]:
+    """The SHA-256 that each of its files must have by the cache that it is in, which names it so."""
+    if found.source not in {"huggingface", "ollama"}:
+        return [None] * len(found.parts)
+    named = [_BLOB.fullmatch(part.name) for part in found.parts]
+    said = [match[1] if match else None for match in named]
+    return [said[0] or found.expected_sha256, *said[1:]]
+
+
+def own_adapter(found: Found) -> Found | None:
+    """The adapter that came with a model, as Ollama's can. Raises `ModelLoadFailed` for several."""
+    if not found.adapters:
+        return None
+    if len(found.adapters) > 1:
+        raise ModelLoadFailed(f"{found.id} has {len(found.adapters)} adapters; one can be used")
+    (path,) = found.adapters
+    return replace(
+        found,
+        id=f"{found.id}'s adapter",
+        path=path,
+        parts=(path,),
+        kind="adapter",
+        size_bytes=0,
+        expected_sha256=None,
+        problem=None,
+        adapters=(),
+    )
 
 
 def _check_place(found: Found) -> None:

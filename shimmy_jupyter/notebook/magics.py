@@ -21,6 +21,7 @@ from .client import Connection, events
 from .commands import Board, command
 from .display import Answer, Pace, clean
 
+_POLL = 0.2
 _OPTION = re.compile(r"""--([a-z][a-z_-]*)(?:\s*=\s*|\s+)("[^"]*"|'[^']*'|\S+)\s*""")
 _T = TypeVar("_T", int, float)
 
@@ -240,7 +241,10 @@ class ShimmyMagics(Magics):
         return self.connection.transport().get("shimmy/api/models")
 
     def _first_model(self) -> str:
-        return str(self.connection.transport().get("shimmy/api/models")["default"])
+        transport = self.connection.transport()
+        while (default := transport.get("shimmy/api/models")["default"]) is None:
+            time.sleep(_POLL)  # headers are being read that decide it
+        return str(default)
 
 
 class _View:

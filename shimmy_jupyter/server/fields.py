@@ -17,12 +17,14 @@ _LABELS = frozenset(
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
+    "adapter": (),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
     "parallel_tool_calls": (True, False),
+    "pin": (),
     "prediction": (),
     "reasoning_effort": (),
     "thinking": (),
@@ -35,6 +37,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 """Beside null. Several become features later; until then they are refused, not ignored."""
+_SAID = {
+    "missing": "this field is missing",
+    "string_pattern_mismatch": "a SHA-256 is 64 hex digits in lower case",
+    "model_type": "an object is wanted here",
+    "dict_type": "an object is wanted here",
+}
+"""Where pydantic's own words are for programmers. The only pattern is that of `Digest`."""
 _MOST_FIELDS = 200
 _MOST_KEYS = {"logit_bias": 1024, "chat_template_kwargs": 32}
 _FIELDS = tuple(
@@ -97,9 +106,9 @@ def validated(kind: type[_B], body: bytes | dict[str, Any]) -> _B:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         if first["type"] == "extra_forbidden":
-            name = str(first["loc"][-1])[:64]
+            name = ".".join(str(part)[:64] for part in first["loc"])
             raise UnknownParameter("there is no such field here", param=name) from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = _SAID.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         raise InvalidValue(message, param=_field(first["loc"])) from None
 
 

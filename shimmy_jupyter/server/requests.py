@@ -242,8 +242,6 @@ def _pinned(body: _Common) -> PinnedModel | None:
     pin = body.pin
     if pin is None:
         return None
-    if (pin.adapter is None) != (body.adapter is None):
-        raise InvalidValue("of a pinned model the adapter is pinned too", param="pin.adapter")
     return PinnedModel(
         pin.size,
         pin.sha256,

@@ -190,7 +190,7 @@ def _no_layers(path: Path) -> None:
 async def test_what_must_not_be_loaded(rig: Rig, make: Callable[[Path], None], why: str) -> None:
     make(rig.models / "bad.gguf")
     service = rig.service()
-    with pytest.raises(ModelLoadFailed, match=why) as caught:
+    with pytest.raises((ModelLoadFailed, UnsupportedParameter), match=why) as caught:
         await ask(service, "bad")
     assert str(rig.models) not in caught.value.message
     (described,) = [d for d in await service.library.describe() if d.status.file.id == "bad"]
@@ -216,6 +216,35 @@ async def test_what_ends_llama_cpp_ends_the_probe(rig: Rig, monkeypatch: Any) ->
     with pytest.raises(ModelLoadFailed, match=r"`shimmy probe a` tries again$"):
         await ask(again, "a")
     assert await ask(again, "self-test")
+
+
+async def test_a_verdict_is_about_the_bytes_that_were_tried(rig: Rig, monkeypatch: Any) -> None:
+    """Another file stands there while the model is tried out, and the old one is put back."""
+    path = random_gguf.write(rig.models / "m.gguf")
+    aside = rig.models.parent / "aside"
+    service = rig.service()
+    assert service.pool.vetting is not None
+    prober = service.pool.vetting.prober
+    assert prober is not None
+    usual = prober.probe
+
+    def swapping(*given: Any, **more: Any) -> Any:
+        path.rename(aside)
+        random_gguf.write(path, seed=3)
+        verdict = usual(*given, **more)
+        path.unlink()
+        aside.rename(path)
+        return verdict
+
+    monkeypatch.setattr(
+        type(prober), "probe", lambda _self, *given, **more: swapping(*given, **more)
+    )
+    with pytest.raises(ModelLoadFailed, match="changed meanwhile"):
+        await ask(service, "m")
+    digests = service.pool.vetting.digests(
+        (await service.pool.catalog.models())["m"], lambda _: None, lambda: False
+    )
+    assert prober.known(digests[0]) is None
 
 
 async def test_two_of_one_name(rig: Rig) -> None:
@@ -250,15 +279,15 @@ async def test_in_parts_as_a_cache_of_downloads_has_it(rig: Rig, tmp_path: Path)
     assert described.status.file.origin is not None
     assert described.status.file.origin.name == "org/name"
 
-    # One byte of the first is another now, as after a bad disk.
-    await service.pool.unload("split")
-    blob = described.status.file.path
-    data = bytearray(blob.read_bytes())
-    data[-1] ^= 1
-    blob.write_bytes(data)
-    await service.library.discover()
-    with pytest.raises(ModelLoadFailed, match="not those that it was downloaded as"):
-        await ask(service, "split")
+    # One byte of one part is another now, as after a bad disk.
+    for blob in described.status.file.parts[-1], described.status.file.path:
+        await service.pool.unload("split")
+        before = blob.read_bytes()
+        blob.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        await service.library.discover()
+        with pytest.raises(ModelLoadFailed, match="not those that it was downloaded as"):
+            await ask(service, "split")
+        blob.write_bytes(before)
 
 
 async def test_too_large(rig: Rig) -> None:
@@ -316,7 +345,7 @@ async def test_vectors(rig: Rig, tmp_path: Path) -> None:
     service = rig.service()
     request = EmbeddingRequest("r", ME, "bert", (("hello",), ("world",)), ("input.0", "input.1"))
     assert len((await service.embed(request)).vectors) == 2
-    assert await service.library.default() == "self-test"
+    assert await service.library.default(wait=True) == "self-test"
     with pytest.raises(UnsupportedParameter, match="embeddings only"):
         await ask(service, "bert")
 
@@ -326,8 +355,8 @@ async def test_where_none_is_named(rig: Rig) -> None:
     random_gguf.write_adapter(rig.models / "b-adapter.gguf")
     random_gguf.write(rig.models / "c-chat.gguf", template=random_gguf.CHATML)
     service = rig.service()
-    assert await service.library.default() == "c-chat"
-    assert await rig.service(memory_reserve=1 << 50).library.default() == "self-test"
+    assert await service.library.default(wait=True) == "c-chat"
+    assert await rig.service(memory_reserve=1 << 50).library.default(wait=True) == "self-test"
 
 
 async def test_what_is_worth_downloading(rig: Rig) -> None:
@@ -433,7 +462,53 @@ class TestPinned:
         with pytest.raises(ModelDrifted, match="sha256: the file holds other bytes"):
             await ask(service, "m", pin=before)
         after = await self.pin(service, "m")
-        with pytest.raises(ModelDrifted, match="what is in memory is another file"):
+        with pytest.raises(
+            ModelDrifted, match="m in memory is not what is pinned, and another than the file"
+        ):
             await ask(service, "m", pin=after)
         await service.pool.unload("m")
         assert await ask(service, "m", pin=after)
+
+    async def test_without_knowing_its_digest_beforehand(self, rig: Rig) -> None:
+        """Nobody wanted it when the model was loaded."""
+        path = random_gguf.write(rig.models / "m.gguf")
+        service = rig.service(probe=False)
+        assert await ask(service, "m")
+        before = await self.pin(service, "m")
+        assert await ask(service, "m", pin=before)
+        path.unlink()
+        random_gguf.write(path, seed=9)
+        other = rig.service(probe=False)
+        await service.library.discover()
+        with pytest.raises(ModelDrifted):
+            await ask(service, "m", pin=await self.pin(service, "m"))
+        assert await ask(other, "m", pin=await self.pin(other, "m"))
+
+    async def test_an_adapter_that_is_not_pinned(self, rig: Rig) -> None:
+        """As of Ollama's models, which can have one of their own."""
+        random_gguf.write(rig.models / "m.gguf")
+        own = random_gguf.write_adapter(rig.models / "own.gguf")
+        service = rig.service()
+        models = await service.pool.catalog.models()
+        plain, pin = await ask(service, "m"), await self.pin(service, "m")
+        models["m"] = replace(models["m"], adapters=(own,))
+        assert await ask(service, "m") != plain
+        with pytest.raises(ModelDrifted, match="adapter: it has an adapter: none is pinned"):
+            await ask(service, "m", pin=pin)
+        digest = hashlib.sha256(own.read_bytes()).hexdigest()
+        assert await ask(service, "m", pin=replace(pin, adapter=digest)) != plain
+
+    async def test_an_adapter_that_was_replaced(self, rig: Rig) -> None:
+        random_gguf.write(rig.models / "m.gguf")
+        path = random_gguf.write_adapter(rig.models / "fine.gguf")
+        service = rig.service()
+        assert await ask(service, "m", adapter="fine")
+        path.unlink()
+        random_gguf.write_adapter(path, seed=5)
+        await service.library.discover()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        pin = await self.pin(service, "m", adapter=digest)
+        with pytest.raises(ModelLoadFailed, match="fine has changed since it was loaded: unload m"):
+            await ask(service, "m", adapter="fine", pin=pin)
+        await service.pool.unload("m")
+        assert await ask(service, "m", adapter="fine", pin=pin)

@@ -71,7 +71,7 @@ async def test_done_with_a_result(jobs: Jobs) -> None:
     last = (await seen(job))[-1]
     assert (last["state"], last["result"], last["error"]) == ("done", {"ids": ["m"]}, None)
     assert (last["message"], last["done"], last["total"], last["unit"]) == (
-        "hashing", 3, 9, "bytes",
+        "done", 3, 9, "bytes",
     )  # fmt: skip
     assert (last["kind"], last["model"], last["id"]) == ("load", "m", job.id)
 
@@ -193,6 +193,45 @@ async def test_forgotten_after_their_time(jobs: Jobs, clock: Clock) -> None:
     with pytest.raises(NotFound):
         jobs.get(ended.id, ME)
     await jobs.close()
+
+
+async def test_those_that_ended_last_are_kept(jobs: Jobs, clock: Clock) -> None:
+    """Of each user, however many others have begun since."""
+    door = asyncio.Event()
+
+    async def long(_report: Report) -> None:
+        await door.wait()
+
+    pull = jobs.start("pull", "m", ME, long)
+    for _ in range(100):
+        await jobs.start("load", "m", OTHER, nothing).wait()
+        await jobs.start("load", "m", ME, nothing).wait()
+        clock.now += 0.001
+    door.set()
+    await pull.wait()
+    assert jobs.get(pull.id, ME) is pull
+    assert len(jobs.of(ME)) == len(jobs.of(OTHER)) + 0 == 64
+
+
+async def test_however_often_it_is_stopped() -> None:
+    noticed, ended = threading.Event(), threading.Event()
+
+    def work(stopped: Stopped) -> None:
+        while not stopped():
+            pass
+        noticed.wait()
+        ended.set()
+
+    task = asyncio.create_task(in_thread(work))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done()
+    noticed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
 
 
 async def test_in_thread() -> None:

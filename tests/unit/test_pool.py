@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from shimmy_jupyter.errors import (
+    EngineLost,
     InvalidValue,
     ModelLoadFailed,
     ModelNotFound,
     ShuttingDown,
 )
-from shimmy_jupyter.models import lifecycle
+from shimmy_jupyter.models import attached, lifecycle
 from shimmy_jupyter.models.catalog import PAUSE, Catalog
 from shimmy_jupyter.models.jobs import Progress
 from shimmy_jupyter.models.lifecycle import ModelPool
@@ -40,8 +41,14 @@ class Model:
         self.failure: Failure | None = None
         self.memory_bytes = self.mapped_bytes = SIZE
 
+        self.adapters: list[str] = []
+
+    async def use_adapter(self, path: str) -> None:
+        self.adapters.append(path)
+
     async def close(self) -> None:
         assert not self.closed
+        await asyncio.sleep(0)
         self.closed = True
 
 
@@ -69,6 +76,10 @@ class Vet:
     def shortfall(self, vetted: Any, mapped: int) -> int:
         self.calls.append(("room", vetted.found.id))
         return max(0, vetted.needed + mapped - self.free)
+
+    def adapter(self, base: Any, file: Found, report: Any, stopped: Any) -> str:
+        self.calls.append(("adapter", file.id))
+        return "d" * 64
 
     def fit(self, facts: Any) -> Any:
         class Fit:
@@ -277,7 +288,152 @@ async def test_changed_while_it_was_loaded(house: House) -> None:
     await house.pool.close()
 
 
+async def test_an_adapter_is_tried_out_while_others_wait_for_room(
+    house: House, monkeypatch: Any
+) -> None:
+    """Who uses a model does not wait for the one that waits for it to be out of use."""
+    monkeypatch.setattr(attached, "stamp_of", lambda _: 1)
+    house.vet.free = SIZE
+    both = attached.Attached(house.pool, house.vet)  # type: ignore[arg-type]
+    async with house.pool.use("a") as a:
+        b = asyncio.create_task(house.use("b"))
+        while (await house.states())["a"] != "unloading":
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            assert await both.use_adapter(a, "a", "c") == Path("/m/c.gguf")
+    assert (await b).name == "b"
+    assert ("adapter", "c") in house.vet.calls
+    assert a.adapters == ["/m/c.gguf"]
+    await house.pool.close()
+
+
+async def test_an_adapter_that_changes_is_refused(house: House, monkeypatch: Any) -> None:
+    stamps = [1]
+    monkeypatch.setattr(attached, "stamp_of", lambda _: stamps[0])
+    both = attached.Attached(house.pool, house.vet)  # type: ignore[arg-type]
+    async with house.pool.use("a") as a:
+        await both.use_adapter(a, "a", "b")
+        await both.use_adapter(a, "a", "b")
+        assert a.adapters == ["/m/b.gguf"]
+        stamps[0] = 2
+        with pytest.raises(ModelLoadFailed, match="b has changed since it was loaded: unload a"):
+            await both.use_adapter(a, "a", "b")
+
+        async def changing(path: str) -> None:
+            stamps[0] += 1
+
+        a.use_adapter = changing  # type: ignore[method-assign]
+        for why in ("changed while it was loaded", "has changed since"):
+            with pytest.raises(ModelLoadFailed, match=why):
+                await both.use_adapter(a, "a", "c")
+    with pytest.raises(EngineLost):
+        await both.use_adapter(Model("gone"), "a", "b")
+    await house.pool.close()
+
+
+async def test_what_has_failed_is_not_waited_for(house: House) -> None:
+    house.vet.free = SIZE
+    async with house.pool.use("a") as a:
+        b = asyncio.create_task(house.use("b"))
+        while (await house.states())["a"] != "unloading":
+            await asyncio.sleep(0)
+        a.failure = Failure("engine_crashed", "killed")
+        assert (await b).name == "b"
+    assert a.closed
+    await house.pool.close()
+
+
+async def test_who_joins_a_load_that_is_abandoned_has_it_loaded_anew(house: House) -> None:
+    door = house.doors["a"] = asyncio.Event()
+
+    async def abandoning() -> None:
+        async with house.pool.use("a", abandon=True):
+            pass
+
+    task = asyncio.create_task(abandoning())
+    await house.until(lambda: ("try", "a") in house.vet.calls)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    for _ in range(3):  # however often
+        task.cancel()
+        await asyncio.sleep(0)
+    joined = asyncio.create_task(house.use("a"))
+    await asyncio.sleep(0)
+    door.set()
+    assert not (await joined).closed
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert [model.closed for model in house.made] == [True, False]
+    await house.pool.close()
+
+
+async def test_what_is_leaving_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "_POLL", 0.0)
+    for more in ({"budget": SIZE}, {}):
+        house = House(monkeypatch, **more)
+        house.vet.free = SIZE
+        a = await house.use("a")
+        a.active = 1
+        unload = asyncio.create_task(house.pool.unload("a"))
+        while (await house.states())["a"] != "unloading":
+            await asyncio.sleep(0)
+        b = asyncio.create_task(house.use("b"))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert not b.done()
+        a.active = 0
+        assert (await b).name == "b"
+        assert a.closed
+        assert await unload
+        await house.pool.close()
+
+
+async def test_a_reason_of_the_moment_does_not_stay(house: House) -> None:
+    house.vet.free = SIZE - 1
+    with pytest.raises(ModelLoadFailed):
+        await house.use("a")
+    assert (await house.states())["a"] == "available"
+    house.vet.wrong["look a"] = "block_count 0"
+    with pytest.raises(ModelLoadFailed):
+        await house.use("a")
+    assert (await house.states())["a"] == "failed"
+    house.listed.models = (found("a", Path("/m/a.gguf"), created=7),)
+    await house.catalog.look()
+    assert (await house.states())["a"] == "available"
+    await house.pool.close()
+
+
+async def test_a_model_that_cannot_be_closed_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    house = House(monkeypatch, idle_unload=0.001)
+    async with house.pool.use("a") as a, house.pool.use("b") as b:
+
+        async def broken() -> None:
+            raise RuntimeError("no")
+
+        a.close = broken  # type: ignore[method-assign]
+    while not b.closed:
+        house.now += 1
+        await asyncio.sleep(0.001)
+    assert (await house.states())["a"] == "available"
+    assert "could not be closed" in caplog.text
+    await house.pool.close()
+
+
 class TestUnload:
+    async def test_twice(self, house: House) -> None:
+        a = await house.use("a")
+        a.active = 1
+        first = asyncio.create_task(house.pool.unload("a"))
+        while (await house.states())["a"] != "unloading":
+            await asyncio.sleep(0)
+        second = asyncio.create_task(house.pool.unload("a"))
+        a.active = 0
+        assert await first
+        assert await second
+        await house.pool.close()
+
     async def test_idle(self, house: House) -> None:
         a = await house.use("a")
         assert await house.pool.unload("a")
@@ -328,8 +484,8 @@ class TestUnload:
         for _ in range(20):
             await asyncio.sleep(0)
         task.cancel()
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await asyncio.wait([task])
+        assert task.cancelled()
         assert not a.closed
         a.active = 0
         assert await again is not a
@@ -400,6 +556,26 @@ class TestClosing:
         await asyncio.wait([b])
         assert [model.closed for model in house.made] == [True]
 
+    async def test_nothing_is_loaded_after_it(self, house: House) -> None:
+        a = await house.use("a")
+        a.failure = Failure("engine_crashed", "killed")
+        use = asyncio.create_task(house.use("a"))
+        await asyncio.sleep(0)
+        await house.pool.close()
+        with pytest.raises(ShuttingDown):
+            await use
+        assert len(house.made) == 1
+
+    async def test_who_waits_is_told(self, house: House) -> None:
+        house.doors["a"] = asyncio.Event()
+        use = asyncio.create_task(house.use("a"))
+        await house.until(lambda: ("try", "a") in house.vet.calls)
+        closing = asyncio.create_task(house.pool.close())
+        house.doors["a"].set()
+        with pytest.raises(ShuttingDown):
+            await use
+        await closing
+
     async def test_amid_unloading(self, house: House) -> None:
         a = await house.use("a")
         a.active = 1
@@ -428,6 +604,28 @@ class TestCatalog:
         house.listed.models = (*house.listed.models, found("x", Path("/m/x.gguf")))
         house.now += PAUSE
         assert (await house.catalog.find("x")).id == "x"
+
+    async def test_a_look_that_had_begun_is_not_the_answer(self, house: House) -> None:
+        early = asyncio.create_task(house.catalog.models())
+        await asyncio.sleep(0)
+        assert house.catalog._looking is not None
+        late = [asyncio.create_task(house.catalog.look()) for _ in range(5)]
+        await asyncio.gather(early, *late)
+        assert house.listed.looks == 2
+
+    @pytest.mark.parametrize(
+        ("id", "said"),
+        [
+            ("A", "did you mean 'a'"),
+            ("a.gguf", "did you mean 'a'"),
+            ("org/a", "did you mean 'a'"),
+            ("something else", "there are: a, b, c"),
+        ],
+    )
+    async def test_names_like_it(self, house: House, id: str, said: str) -> None:
+        with pytest.raises(ModelNotFound) as caught:
+            await house.catalog.find(id)
+        assert said in caught.value.message
 
     async def test_a_look_that_fails_is_told(self) -> None:
         class Broken:
