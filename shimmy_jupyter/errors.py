@@ -39,6 +39,7 @@ Messages are safe to show: no traceback, no path of the server's file system.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 from .types import Failure
@@ -256,3 +257,11 @@ def from_code(code: str, message: str, **details: Any) -> ShimmyError:
 
 def from_failure(failure: Failure) -> ShimmyError:
     return from_code(failure.code, failure.message)
+
+
+_FOLDERS = re.compile(r"(?<![\w.)])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
+
+
+def without_folders(text: str) -> str:
+    """What others say of a file, without where it is."""
+    return _FOLDERS.sub("", text)

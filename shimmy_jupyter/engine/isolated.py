@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from ..core.messages import Row, SlotChange, Step
-from ..errors import EngineLost, Misconfigured, ModelLoadFailed
+from ..errors import EngineLost, Misconfigured, ModelLoadFailed, without_folders
 from ..types import Constraint, ModelFacts
 from . import calls, wire
 from .backend import Embedded, LoadSpec, StepResult
@@ -46,7 +46,6 @@ _ALLOWED = re.compile(
 )
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _LEVELLED = re.compile(r"<(\d{1,2})>(.*)")
-_FOLDERS = re.compile(r"(?<![\w.)])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
 
 
 def child_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -351,7 +350,7 @@ class _Stderr:
     @property
     def last(self) -> str:
         """The last complaint, without the folders of the server's file system."""
-        return _FOLDERS.sub("", self._said.replace(f"{self._models}{os.sep}", ""))[:300]
+        return without_folders(self._said.replace(f"{self._models}{os.sep}", ""))[:300]
 
     def _read(self) -> None:
         with self._stream as stream:

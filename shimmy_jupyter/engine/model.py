@@ -18,6 +18,7 @@ from ..errors import (
     ModelLoadFailed,
     ShuttingDown,
     UnsupportedParameter,
+    without_folders,
 )
 from ..types import (
     ChatOptions,
@@ -107,9 +108,8 @@ class LoadedModel:
             made = await asyncio.to_thread(backend)
         except (ImportError, OSError, RuntimeError) as error:
             log.exception("llama-cpp-python does not load")
-            raise ModelLoadFailed(
-                "llama-cpp-python does not load here: `shimmy doctor` and the log say why"
-            ) from error
+            said = without_folders(str(error))
+            raise ModelLoadFailed(f"llama-cpp-python does not load here: {said}") from error
         engine = Engine(
             made,
             spec,

@@ -894,6 +894,24 @@ class TestIsolation:
         assert (found.status, found.action) == ("fail", 'set ShimmyEngine.isolation = "none"')
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"ShimmyModels": {"root": []}}, "ShimmyModels.root"),
+        ({"ShimmyModel": {"roots": []}}, "ShimmyModel"),
+        ({"ShimmyApp": {"ofline": True}}, "ShimmyApp.ofline"),
+    ],
+)
+def test_misspelt_settings(machine: Callable[..., Machine], config: Any, said: str) -> None:
+    found = named(checks(machine(config)), "configuration")
+    assert (found.status, found.detail) == ("warn", f"no such setting: {said}")
+
+
+def test_settings_of_others_and_of_ours(machine: Callable[..., Machine]) -> None:
+    config = {"ServerApp": {"x": 1}, "ShimmyMagics": {"model": "m"}, "ShimmyApp": {"offline": True}}
+    assert named(checks(machine(config)), "configuration").status == "ok"
+
+
 def test_offline(machine: Callable[..., Machine]) -> None:
     assert "off:" in named(checks(machine()), "offline").detail
     found = named(checks(machine(settings=lambda config: Settings(offline=True))), "offline")

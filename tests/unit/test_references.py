@@ -117,7 +117,10 @@ def test_of_an_address(typed: str, name: str) -> None:
     [
         ("", "nothing is named: name a repository as org/name"),
         ("  ", "nothing is named"),
-        ("qwen3:4b", r"'qwen3:4b' looks like a name of Ollama's.*org/name:Q4_K_M.*found by itself"),
+        (
+            "qwen3:4b",
+            r"'qwen3:4b' is neither a repository nor a suggestion.*org/name:Q4_K_M.*found by itself",
+        ),
         ("llama3.2", "Ollama's"),
         ("registry.ollama.ai/library/qwen3:4b", "Ollama's"),
         ("https://ollama.com/library/qwen3", "Ollama's registry"),

@@ -337,7 +337,9 @@ class TestParts:
         (tmp_path / "gone-00002-of-00002.gguf").symlink_to("nothing")
         (tmp_path / "none-00001-of-00001.gguf").symlink_to("nothing")
         bad, gone = look(root(tmp_path)).found
-        assert (bad.problem, bad.missing, bad.kind) == ("is no GGUF file", (), "model")
+        assert (bad.problem, bad.missing, bad.kind) == (
+            "is a web page, saved under a model's name", (), "model",
+        )  # fmt: skip
         assert (gone.problem, gone.missing) == ("lacks 1 of its 2 parts", (2,))
 
 
@@ -359,8 +361,10 @@ KINDS: list[tuple[str, bytes, str, str | None]] = [
     ("big-endian", b"GGUF\0\0\0\3" + bytes(16), "unknown", None),
     ("cut off", MODEL[:-3], "model", None),
     ("magic only", b"GGUF", "unknown", None),
-    ("empty", b"", "unknown", "is no GGUF file"),
-    ("page", b"<!DOCTYPE html>", "unknown", "is no GGUF file"),
+    ("empty", b"", "unknown", "is empty"),
+    ("page", b"<!DOCTYPE html>", "unknown", "is a web page, saved under a model's name"),
+    ("text", b"not a model", "unknown", "is no GGUF file"),
+    ("pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "unknown", "is a Git LFS pointer and not the file itself: `git lfs pull` gets it"),
     ("pairs without end", gguf(pair("general.architecture", "llama"), count=2**64 - 1), "model", None),
     ("string without end", gguf(struct.pack("<Q", 2**64 - 1)), "unknown", None),
     ("list without end", gguf(text("l") + struct.pack("<IIQ", 9, 8, 2**64 - 1)), "unknown", None),
@@ -514,7 +518,7 @@ class TestOllama:
         assert {id: file.problem for id, file in found.items()} == {
             "missing": "its model cannot be read: No such file or directory",
             "short": f"its model has {len(MODEL)} of {len(MODEL) + 5} bytes",
-            "html": "its model is no GGUF file",
+            "html": "its model is a web page, saved under a model's name",
             "adapter": "its adapter cannot be read: No such file or directory",
             "params": "its params is no object of up to 64 parameters",
             "template": "its template is not UTF-8",
@@ -931,7 +935,7 @@ class TestAgain:
             for scanner in (soon, long_after):
                 assert len(scanner.scan().found) == 1
             path = make(tmp_path / "m.gguf", b"<html>")
-            assert soon.scan().found[0].problem == "is no GGUF file"
+            assert soon.scan().found[0].problem == "is a web page, saved under a model's name"
             path.write_bytes(MODEL)
             assert soon.scan().found[0].problem is None
             assert len(long_after.scan().found) == 1  # which the clock has promised
