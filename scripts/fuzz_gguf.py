@@ -30,7 +30,7 @@ ROOM = 1 << 20
 BOUND = 128 << 20
 _MOST, _LARGEST = 300, 1 << 16
 """Of what is mutated further: how many, and of how many bytes."""
-_NOT_READ = (ValueError, IndexError, KeyError, OverflowError, struct.error)
+_NOT_READ = (ValueError, IndexError, KeyError, OverflowError, RuntimeError, struct.error)
 """What the generator makes of mutants that it cannot read itself."""
 
 
