@@ -22,6 +22,8 @@ log = logging.getLogger("shimmy_jupyter.models")
 PAUSE = 1.0
 """Seconds after a look in which a name that is not known is no reason for another."""
 _NAMED = 20
+_COMPARED = 2000
+"""Names that one that is not known is compared with."""
 _Stamp = tuple[tuple[int, int, int, int, int], ...]
 _CHANGED = "it changed while it was looked at"
 
@@ -72,7 +74,8 @@ class Catalog:
         if id not in models and self._clock() - self._looked >= PAUSE:
             models = await self.look()
         if id not in models:
-            raise ModelNotFound(missing(id, models), param="model")
+            said = await in_thread(lambda _: missing(id, models))
+            raise ModelNotFound(said, param="model")
         return models[id]
 
     async def _look(self) -> dict[str, Found]:
@@ -98,7 +101,8 @@ def missing(id: str, models: Mapping[str, Found]) -> str:
     usable = [name for name, found in models.items() if found.problem is None]
     plain = id.rpartition("/")[2].removesuffix(".gguf")
     by_case = {name.lower(): name for name in usable}
-    close = difflib.get_close_matches(plain.lower(), by_case, n=3, cutoff=0.7)
+    few = list(by_case)[:_COMPARED]
+    close = difflib.get_close_matches(plain.lower(), few, n=3, cutoff=0.7)
     if close:
         names = " or ".join(repr(by_case[name]) for name in close)
         return f"there is no model {id!r}; did you mean {names}?"
@@ -110,7 +114,8 @@ class HeaderFacts:
     """What files' headers say, remembered while the files do not change. Blocking, for any thread."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[_Stamp, GgufFacts | GgufError]] = {}
+        # Of an error what it says: itself it would keep all that was read when it was raised.
+        self._known: dict[Path, tuple[_Stamp, GgufFacts | str]] = {}
         self._lock = threading.Lock()
 
     def of(self, found: Found) -> GgufFacts:
@@ -119,15 +124,15 @@ class HeaderFacts:
         known = self._known.get(found.path)
         if known is None or known[0] != before:
             try:
-                said: GgufFacts | GgufError = validate(found.path, found.parts)
+                said: GgufFacts | str = validate(found.path, found.parts)
             except GgufError as error:
-                said = error
+                said = error.message
             if stamp_of(found) != before:
                 raise GgufError(_CHANGED)
             with self._lock:
                 self._known[found.path] = known = before, said
-        if isinstance(known[1], GgufError):
-            raise GgufError(known[1].message)
+        if isinstance(known[1], str):
+            raise GgufError(known[1])
         return known[1]
 
     def keep(self, models: Iterable[Found]) -> None:
