@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-V1_MOUNTS = ("/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct")
-V2_MOUNTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+from .. import cgroups
 
 
 def available(root: Path = Path("/")) -> int:
@@ -34,53 +31,8 @@ def quota(root: Path = Path("/")) -> float | None:
 
     `root` is where `/proc` and `/sys` are looked for.
     """
-    found = []
-    for version, group in _groups(root):
-        for mount, shown in _mounts(root, version):
-            inner = _below(group, shown)
-            for level in (inner, *inner.parents):
-                limit = _limit(root / mount.lstrip("/") / level, version)
-                if limit is not None:
-                    found.append(limit)
-    return min(found, default=None)
-
-
-def _groups(root: Path) -> Iterator[tuple[int, str]]:
-    """The process's own cgroups that can limit its processors: version and path."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if line.startswith("0::"):
-            yield 2, path
-        elif "cpu" in controllers.split(","):
-            yield 1, path
-
-
-def _mounts(root: Path, version: int) -> list[tuple[str, str]]:
-    """Where that hierarchy is mounted, and which of its cgroups is seen there as the root."""
-    found = {}
-    for line in _lines(root / "proc/self/mountinfo"):
-        left, _, right = line.partition(" - ")
-        fields, kind = left.split(), right.split()
-        if len(fields) < 5 or len(kind) < 3:
-            continue
-        if kind[0] == "cgroup2" if version == 2 else _holds_cpu(kind):
-            found[_unescaped(fields[4])] = _unescaped(fields[3])
-    usual = V2_MOUNTS if version == 2 else V1_MOUNTS
-    return list(found.items()) or [(mount, "/") for mount in usual]
-
-
-def _holds_cpu(kind: list[str]) -> bool:
-    return kind[0] == "cgroup" and "cpu" in kind[-1].split(",")
-
-
-def _below(group: str, shown: str) -> PurePosixPath:
-    """`group` relative to the cgroup that a mount shows as its root."""
-    path = PurePosixPath("/", group)
-    if ".." in path.parts:  # outside of this process's cgroup namespace, and out of sight
-        return PurePosixPath()
-    # A container may see only its own cgroup while its path is still the host's.
-    return path.relative_to(shown if path.is_relative_to(shown) else "/")
+    found = [_limit(folder, version) for version, folder in cgroups.levels("cpu", root)]
+    return min((limit for limit in found if limit is not None), default=None)
 
 
 def _limit(folder: Path, version: int) -> float | None:
@@ -97,16 +49,4 @@ def _limit(folder: Path, version: int) -> float | None:
 
 
 def _words(path: Path) -> list[str]:
-    return " ".join(_lines(path)).split()
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except (OSError, ValueError):
-        return []
-
-
-def _unescaped(field: str) -> str:
-    """Spaces and the like are octal in mountinfo."""
-    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field)
+    return " ".join(cgroups.lines(path)).split()

@@ -6,12 +6,12 @@ What there is: the least of what the machine has free, of what each cgroup aroun
 
 from __future__ import annotations
 
-import re
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from .. import cgroups
 from ..errors import InvalidValue
 from .gguf import GgufFacts, memory_needed
 
@@ -22,8 +22,6 @@ _KV_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}
 """For 32 numbers."""
 
 _NO_LIMIT = 1 << 60
-_V1_MOUNTS = ("/sys/fs/cgroup/memory",)
-_V2_MOUNTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 _V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_")
 _V2 = (("memory.max", "memory.high"), "memory.current", "")
 """Files with limits and with what is used, and what precedes the names in `memory.stat` when they are
@@ -144,11 +142,8 @@ def total_memory(root: Path = Path("/")) -> int:
 def _limits(root: Path) -> Iterator[tuple[int, int]]:
     """Limits on this process, and what each of them leaves, in bytes."""
     yield from _address_space()
-    for version, group in _groups(root):
-        for mount, shown in _mounts(root, version):
-            inner = _below(group, shown)
-            for level in (inner, *inner.parents):
-                yield from _of_cgroup(root / mount.lstrip("/") / level, version)
+    for version, folder in cgroups.levels("memory", root):
+        yield from _of_cgroup(folder, version)
 
 
 def _address_space() -> Iterator[tuple[int, int]]:
@@ -166,17 +161,17 @@ def _taken() -> int:
 
 def _of_cgroup(folder: Path, version: int) -> Iterator[tuple[int, int]]:
     limits, usage, prefix = _V2 if version == 2 else _V1
-    found = [_number(" ".join(_lines(folder / name))) for name in limits]
+    found = [_number(" ".join(cgroups.lines(folder / name))) for name in limits]
     limit = min((one for one in found if one is not None), default=None)
     if limit is None:
         return
-    used = _number(" ".join(_lines(folder / usage))) or 0
+    used = _number(" ".join(cgroups.lines(folder / usage))) or 0
     # What is used includes the cache of files, which the kernel drops before a limit ends anybody.
     # It says how much by its lists for reclaim: `file` would count tmpfs and shared memory as well,
     # which are on the anonymous lists as only swap could free them, and locked pages are on neither.
     # Both lists count, as in MemAvailable: active is what was read twice, not what is needed.
     cached = (f"{prefix}inactive_file", f"{prefix}active_file")
-    pairs = [line.split() for line in _lines(folder / "memory.stat")]
+    pairs = [line.split() for line in cgroups.lines(folder / "memory.stat")]
     droppable = sum(_number(pair[1]) or 0 for pair in pairs if len(pair) == 2 and pair[0] in cached)
     yield limit, limit - max(0, used - droppable)
 
@@ -188,56 +183,6 @@ def _number(text: str) -> int | None:
     except ValueError:
         return None
     return value if 0 <= value < _NO_LIMIT else None
-
-
-def _groups(root: Path) -> Iterator[tuple[int, str]]:
-    """The process's own cgroups that can limit its memory: version and path."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if line.startswith("0::"):
-            yield 2, path
-        elif "memory" in controllers.split(","):
-            yield 1, path
-
-
-def _mounts(root: Path, version: int) -> list[tuple[str, str]]:
-    """Where that hierarchy is mounted, and which of its cgroups is seen there as the root."""
-    found = {}
-    for line in _lines(root / "proc/self/mountinfo"):
-        left, _, right = line.partition(" - ")
-        fields, kind = left.split(), right.split()
-        if len(fields) < 5 or len(kind) < 3:
-            continue
-        if kind[0] == "cgroup2" if version == 2 else _holds_memory(kind):
-            found[_unescaped(fields[4])] = _unescaped(fields[3])
-    usual = _V2_MOUNTS if version == 2 else _V1_MOUNTS
-    return list(found.items()) or [(mount, "/") for mount in usual]
-
-
-def _holds_memory(kind: list[str]) -> bool:
-    return kind[0] == "cgroup" and "memory" in kind[-1].split(",")
-
-
-def _below(group: str, shown: str) -> PurePosixPath:
-    """`group` relative to the cgroup that a mount shows as its root."""
-    path = PurePosixPath("/", group)
-    if ".." in path.parts:  # outside of this process's cgroup namespace, and out of sight
-        return PurePosixPath()
-    # A container may see only its own cgroup while its path is still the host's.
-    return path.relative_to(shown if path.is_relative_to(shown) else "/")
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except (OSError, ValueError):
-        return []
-
-
-def _unescaped(field: str) -> str:
-    """Spaces and the like are octal in mountinfo."""
-    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field)
 
 
 def _amount(size: int, *, up: bool) -> str:

@@ -15,10 +15,11 @@ from shimmy_jupyter import errors
 from shimmy_jupyter.types import Failure
 
 PACKAGE = Path(shimmy_jupyter.__file__).parent
-LOW = {"types", "errors"}
+LOW = {"types", "errors", "cgroups"}
 MAY_NEED: dict[str, set[str]] = {
     "types": set(),
     "errors": {"types"},
+    "cgroups": set(),
     "core": LOW,
     "models": LOW,
     "engine": LOW | {"core"},
