@@ -96,6 +96,11 @@ async def settled(future: asyncio.Future[Any]) -> bool:
     return stopped
 
 
+def asked_to_stop() -> bool:
+    """Whether the current task has been cancelled."""
+    return (task := asyncio.current_task()) is not None and task.cancelling() > 0
+
+
 class Job:
     """`state` is running, done, failed or cancelled; then `result` or `error` is there."""
 

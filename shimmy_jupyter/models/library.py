@@ -87,7 +87,7 @@ class ModelLibrary:
         self._vetting = vetting
         self._make_puller = puller
         self._reading: asyncio.Task[None] | None = None
-        self._describing: asyncio.Task[list[Described]] | None = None
+        self._describing = asyncio.Lock()
         self._known = threading.Lock()
         # By path: two tags of Ollama's can have one file.
         self._wrong: dict[Path, str] = {}
@@ -96,17 +96,11 @@ class ModelLibrary:
     # Looking
 
     async def describe(self, *, wait: bool = False) -> list[Described]:
-        """All models. Headers that nobody has read yet are waited for, for two seconds unless `wait`.
-        Those who ask at once share one look.
-        """
+        """All models. Headers that nobody has read yet are waited for, for two seconds unless `wait`."""
         await self._read_headers(None if wait else _PATIENCE)
-        if self._describing is None or self._describing.done():
-            self._describing = asyncio.create_task(self._describe_all())
-        return await asyncio.shield(self._describing)
-
-    async def _describe_all(self) -> list[Described]:
-        statuses = await self.pool.status()
-        return await in_thread(lambda _: self._describe(statuses))
+        async with self._describing:  # of thousands it takes a while, and all of a processor
+            statuses = await self.pool.status()
+            return await in_thread(lambda _: self._describe(statuses))
 
     async def describe_one(self, id: str) -> Described:
         """Raises `ModelNotFound`."""
@@ -119,7 +113,8 @@ class ModelLibrary:
     async def default(self, *, wait: bool = False) -> str | None:
         """The model that answers where none is named: the first that is listed, chats, has not failed,
         and would fit into this machine's memory if nothing else were there; else the bundled one. So it
-        does not change with what else is running. None while headers are being read that decide it, unless to `wait` for them.
+        does not change with what else is running. None while headers are being read that decide it,
+        unless to `wait` for them.
         """
         await self._read_headers(None if wait else 0.0)
         if self._vetting is None:

@@ -17,11 +17,12 @@ from ..errors import (
     EngineLost,
     ModelLoadFailed,
     NotEnoughMemory,
+    RequestError,
     ShimmyError,
     ShuttingDown,
-)
+)  # fmt: skip
 from .catalog import Catalog
-from .jobs import Progress, Report, Stopped, in_thread, settled, unheard
+from .jobs import Progress, Report, Stopped, asked_to_stop, in_thread, settled, unheard
 from .quarantine import Quarantine
 from .residency import Held, leaving, unused
 from .resident import Entry, M, ModelStatus, closed, status_of
@@ -103,7 +104,7 @@ class ModelPool(Generic[M]):
             try:
                 model = await asyncio.shield(entry.task)
             except asyncio.CancelledError:
-                if not _is_stopped():
+                if not asked_to_stop():
                     continue  # it is the load that was stopped
                 if abandon and entry.waiting == 1 and not entry.task.done():
                     # Who asks from now on has it loaded anew.
@@ -174,9 +175,10 @@ class ModelPool(Generic[M]):
             self._forget(entry)
             if isinstance(error, NotEnoughMemory):  # of the moment
                 raise NotEnoughMemory(f"{found.id}: {error.message}") from error
+            if isinstance(error, RequestError):
+                raise type(error)(f"{found.id}: {error.message}", param=error.param) from error
             self._errors[found.path] = found.size_bytes, found.created, error.message
-            kind = type(error) if error.status < 500 else ModelLoadFailed
-            raise kind(f"{found.id}: {error.message}", param=error.param) from error
+            raise ModelLoadFailed(f"{found.id}: {error.message}") from error
         except BaseException:
             self._forget(entry)
             raise
@@ -393,8 +395,3 @@ class ModelPool(Generic[M]):
         for going in tuple(self._leaving.values()):
             await going.gone.wait()
         await self.catalog.close()
-
-
-def _is_stopped() -> bool:
-    """Whether the current task has been asked to end."""
-    return (task := asyncio.current_task()) is not None and task.cancelling() > 0

@@ -194,7 +194,7 @@ async def test_what_must_not_be_loaded(rig: Rig, make: Callable[[Path], None], w
         await ask(service, "bad")
     assert str(rig.models) not in caught.value.message
     (described,) = [d for d in await service.library.describe() if d.status.file.id == "bad"]
-    assert described.status.state == "failed"
+    assert described.status.state == ("available" if make is _adapter else "failed")
     assert await ask(service, "self-test")
 
 
@@ -334,6 +334,9 @@ async def test_adapters(rig: Rig) -> None:
     assert "the probe: " in caught.value.message
     with pytest.raises(ModelLoadFailed, match="no LoRA adapter"):
         await ask(service, "m", adapter="self-test")
+    with pytest.raises(UnsupportedParameter, match="fine: it is a LoRA adapter"):
+        await ask(service, "fine")
+    assert service.pool.status_of((await service.pool.catalog.models())["fine"]).error is None
     assert await ask(service, "m") == plain
     kinds = {d.status.file.id: d.to_json()["kind"] for d in await service.library.describe()}
     assert kinds == {"m": "model", "fine": "lora", "other": "lora", "self-test": "model"}
