@@ -168,7 +168,9 @@ def facts_of(
     tensors = [tensor for part in parts for tensor in part.tensors]
     layers = header.number(f"{arch}.block_count")
     heads = header.number(f"{arch}.attention.head_count")
-    all_kv = spread(header.numbers(f"{arch}.attention.head_count_kv") or (heads,), layers)
+    each = header.numbers(f"{arch}.attention.head_count_kv") or (heads,)
+    # Not `spread`: of what is no model nobody has seen to it that there are few layers.
+    all_kv = each[0] * layers if len(each) == 1 else sum(each)
     width = header.number(f"{arch}.embedding_length")
     usual = width // heads if heads else 0
     key = header.number(f"{arch}.attention.key_length", usual)
@@ -186,10 +188,10 @@ def facts_of(
         layers=layers,
         embedding_width=width,
         heads=heads,
-        kv_heads=max(all_kv, default=0),
+        kv_heads=max(each),
         key_length=key,
         value_length=value,
-        kv_bytes_per_token=2 * sum(all_kv) * (key + value),
+        kv_bytes_per_token=2 * all_kv * (key + value),
         vocabulary=vocabulary,
         tokenizer=header.text("tokenizer.ggml.model"),
         chat_template=chat,

@@ -206,6 +206,19 @@ class TestValid:
         facts = validate(put(edited(base, project)))
         assert (facts.kind, facts.vocabulary, facts.layers) == ("projector", 0, 0)
 
+    def test_a_projector_of_so_many_layers(self, base: bytes, put: Any) -> None:
+        """What it says of itself costs nothing, as it is no model whose numbers are looked at."""
+
+        def project(file: Gguf) -> None:
+            file.set("general.type", 8, "mmproj")
+            file.set("llama.block_count", 4, (1 << 32) - 1)
+
+        path = put(edited(base, project))
+        with bounded(4 << 20):
+            facts = validate(path)
+        assert (facts.kind, facts.layers) == ("projector", (1 << 32) - 1)
+        assert memory_needed(facts, 8192) > 0
+
     def test_version_2(self, base: bytes, put: Any) -> None:
         path = put(edited(base, lambda file: setattr(file, "version", 2)))
         assert read_header(path).version == 2
