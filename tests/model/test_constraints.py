@@ -139,8 +139,10 @@ async def test_cut_off_is_length(random_model: Path) -> None:
 
 
 async def test_together_as_each_alone(random_model: Path) -> None:
-    """Half of them are free, and do not notice."""
-    async with loaded(random_model, kv_tokens=16384) as model:
+    """Half of them are free, and do not notice. Each has its own part of the cache: where all share one,
+    company may change what is nearly level, by how busy the machine is at the moment.
+    """
+    async with loaded(random_model) as model:
 
         async def one(i: int) -> str:
             if i % 2:
