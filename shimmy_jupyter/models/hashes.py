@@ -75,7 +75,7 @@ class Hashes:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = None if folder is None else _Store(folder)
-        self._always = always
+        self.always = always
         self._clock = clock
         self._guard = threading.Lock()
         self._digests: dict[_File, tuple[_Stamp, str]] = {}
@@ -123,7 +123,7 @@ class Hashes:
             self._store.remove(resolved)
 
     def _remembered(self, path: Path, now: _Stamp) -> str | None:
-        if self._always:
+        if self.always:
             return None
         with self._guard:
             seen = self._digests.get(now[:2])
@@ -141,7 +141,7 @@ class Hashes:
         # Before it is opened: a change after that must show against all changes before.
         began = self._clock()
         seen, digest = _read(path, progress, cancelled)
-        if not self._always and began - max(seen[3:]) / 1e9 > SETTLED:
+        if not self.always and began - max(seen[3:]) / 1e9 > SETTLED:
             with self._guard:
                 self._digests[seen[:2]] = seen, digest
             if self._store is not None:

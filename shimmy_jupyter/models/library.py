@@ -301,12 +301,12 @@ class ModelLibrary:
             def progress(now: PullProgress) -> None:
                 report(Progress(f"{now.stage}: {now.file}", now.done, now.total, "bytes"))
 
-            return puller.pull(wanted, sha256=sha256, progress=progress, cancelled=stopped)
+            pulled = puller.pull(wanted, sha256=sha256, progress=progress, cancelled=stopped)
+            return pulled, {path.resolve() for path in pulled.files}
 
         async def work(report: Report) -> Mapping[str, Any]:
-            pulled = await in_thread(lambda stopped: fetch(report, stopped))
+            pulled, paths = await in_thread(lambda stopped: fetch(report, stopped))
             models = await self.pool.catalog.look()
-            paths = {path.resolve() for path in pulled.files}
             ids = [found.id for found in models.values() if found.path in paths]
             return {
                 "ids": ids,

@@ -20,7 +20,7 @@ from ..errors import (
     RequestError,
     ShimmyError,
     ShuttingDown,
-)  # fmt: skip
+)
 from .catalog import Catalog
 from .jobs import Progress, Report, Stopped, asked_to_stop, in_thread, settled, unheard
 from .quarantine import Quarantine
@@ -365,8 +365,8 @@ class ModelPool(Generic[M]):
     def status_of(self, found: Found) -> ModelStatus:
         if (entry := self._entries.get(found.path)) is not None:
             return status_of(found, entry)
-        if (entry := self._leaving.get(found.path)) is not None:
-            return ModelStatus(found, "unloading", vetted=entry.vetted)
+        if found.path in self._leaving:
+            return ModelStatus(found, "unloading")
         if reason := self._quarantine.reason(found.path):
             return ModelStatus(found, "quarantined", reason)
         error = found.problem

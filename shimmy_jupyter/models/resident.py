@@ -38,13 +38,12 @@ class Resident(Protocol):
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
     """`state`: available, probing, loading, loaded, unloading, failed or quarantined (then `error`
-    says why). `vetted` of one that is in memory.
+    says why).
     """
 
     file: Found
     state: str
     error: str | None = None
-    vetted: Vetted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +97,10 @@ def status_of(found: Found, entry: Entry[M]) -> ModelStatus:
     model = entry.model
     if model is None:
         state = "probing" if entry.progress.message.startswith("probing") else "loading"
-        return ModelStatus(found, state, vetted=entry.vetted)
+        return ModelStatus(found, state)
     if model.failure is not None:
         return ModelStatus(found, "failed", model.failure.message)
-    return ModelStatus(found, "loaded", vetted=entry.vetted)
+    return ModelStatus(found, "loaded")
 
 
 async def closed(model: Resident) -> None:

@@ -64,11 +64,6 @@ class Vetted:
     needed: int
     stamp: object
 
-    @property
-    def sha256(self) -> str | None:
-        """Of the first file, which is the only one unless the model is split."""
-        return self.digests[0] if self.digests else None
-
 
 class Vetting:
     """`prober` None: no model is tried out. `memory` says how many bytes are available now,
@@ -101,7 +96,8 @@ class Vetting:
         could = self.fit(facts, self._memory() + held)
         if self._needs.check and not could.ok:
             raise NotEnoughMemory(f"it {could.message}")
-        wanted = self.prober is not None or found.expected_sha256 is not None
+        told = found.expected_sha256 is not None
+        wanted = self.prober is not None or self.hashes.always or told
         digests = self.digests(found, report, stopped) if wanted else ()
         return Vetted(found, facts, digests, could.needed, stamp)
 

@@ -247,6 +247,16 @@ async def test_a_verdict_is_about_the_bytes_that_were_tried(rig: Rig, monkeypatc
     assert prober.known(digests[0]) is None
 
 
+async def test_read_at_every_load_where_that_is_wanted(rig: Rig) -> None:
+    """Whether or not anything else wants to know."""
+    random_gguf.write(rig.models / "m.gguf")
+    service = rig.service(probe=False, verify_always=True)
+    for _ in range(2):
+        _, said = await stages(service, "m")
+        assert "hashing" in said
+        await service.pool.unload("m")
+
+
 async def test_two_of_one_name(rig: Rig) -> None:
     for seed, folder in enumerate(("x", "y")):
         (rig.models / folder).mkdir()
