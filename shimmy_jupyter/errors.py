@@ -14,6 +14,7 @@ ShimmyError
 ├── MethodNotAllowed                   405  method_not_allowed
 ├── AccessDenied                       403  policy_denied
 ├── DeadlineExceeded                   408  deadline_exceeded
+├── RateLimitExceeded                  429  rate_limit_exceeded: says which limit, and when to try again
 ├── QueueFull                          503  queue_full
 ├── ModelLoadFailed                    503  model_load_failed
 │   ├── GgufError                      503  model_load_failed: by the file's header alone
@@ -26,6 +27,7 @@ ShimmyError
 ├── FileExists                         409  file_exists: another file has the name
 ├── DiskFull                           507  disk_full
 ├── Misconfigured                      503  misconfigured: a setting is wrong; says which
+├── AuditUnavailable                   503  audit_unavailable: the ledger cannot be written or read
 ├── ConstraintTooComplex               400  constraint_too_complex: this sequence alone
 ├── EngineCrashed                      503  engine_crashed: the sequences of that step
 │   └── EngineLost                 503  engine_crashed: every sequence of that engine
@@ -140,6 +142,20 @@ class DeadlineExceeded(ShimmyError):
     status = 408
 
 
+class RateLimitExceeded(ShimmyError):
+    """`retry_after` is in seconds; `limit` the name of the limit that was reached."""
+
+    code = "rate_limit_exceeded"
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(
+        self, message: str, *, limit: str = "", retry_after: float | None = None, **details: Any
+    ) -> None:
+        super().__init__(message, **details)
+        self.limit, self.retry_after = limit, retry_after
+
+
 class QueueFull(ShimmyError):
     code = "queue_full"
     status = 503
@@ -198,6 +214,11 @@ class DiskFull(ShimmyError):
 
 class Misconfigured(ShimmyError):
     code = "misconfigured"
+    status = 503
+
+
+class AuditUnavailable(ShimmyError):
+    code = "audit_unavailable"
     status = 503
 
 
