@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
+from .audit.ledger import Receipt
 from .core.messages import Progress
 from .engine.stream import TokenStream
-from .errors import Cancelled
+from .errors import Cancelled, ShimmyError
+from .guard.visit import Result, Visit, result_of
 from .types import CompletionRequest, Ended, FinishReason, Scored, Timings, Usage
+
+_WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +53,13 @@ class Completion:
         prompt_tokens: int,
         streams: tuple[TokenStream, ...] = (),
         bell: asyncio.Event | None = None,
+        *,
+        visit: Visit | None = None,
         echo: Echo | None = None,
     ) -> None:
+        self.visit = visit
+        self._output: list[str] = []
+        self._spoken = False
         self.request = request
         self.prompt_tokens = prompt_tokens
         self.streams = streams
@@ -66,7 +75,35 @@ class Completion:
             await self._ring()
         if not found and any(e.reason is FinishReason.CANCELLED for e in self.endings):
             raise Cancelled("the request was cancelled")
+        if found and self.visit is not None:
+            self._hear(found, self.visit)
         return found
+
+    def _hear(self, found: list[Delta], visit: Visit) -> None:
+        if not self._spoken:
+            self._spoken = True
+            visit.first_token()
+        if visit.keeps_output:
+            self._output += [delta.text for delta in found]
+
+    async def finish(self, error: BaseException | None = None) -> Receipt | None:
+        """When all has been read, or nothing more is wanted: what was used is settled, and how it ended is
+        on record. The record's receipt, None where nothing is recorded. Raises `AuditUnavailable`.
+        """
+        if self.visit is None:
+            return None
+        self.close()
+        # What it has used is known when the engine has let go of it.
+        while any(stream.ended is None for stream in self.streams):
+            await self._ring()
+        return await self.visit.end(self._result(error))
+
+    def _result(self, error: BaseException | None) -> Result:
+        if error is None and any(e.reason not in _WHOLE for e in self.endings):
+            error = Cancelled("nobody read it to its end")
+        came = Result("ok") if error is None else result_of(error)
+        ttft, output = self.ended.timings.ttft_ms, "".join(self._output)
+        return replace(came, usage=self.usage, ttft_ms=ttft, output=output)
 
     async def wait(self, seconds: float) -> bool:
         """Whether there is something to read, the end too, within so many seconds."""
@@ -131,6 +168,12 @@ class Completion:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+        if self.visit is None or self.visit.ended:
+            return
+        if isinstance(error, ShimmyError) and not isinstance(error, Cancelled):
+            await self.finish(error)  # on record before it is answered
+        else:
+            self.visit.later(self.finish(error))
 
     def _arrived(self) -> list[Delta]:
         return [

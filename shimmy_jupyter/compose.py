@@ -11,11 +11,14 @@ from importlib import metadata
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from .config import Settings
+from .audit.ledger import Ledger
+from .config import GuardSettings, Settings
 from .engine.backend import Backend, LoadSpec, Sharing
 from .engine.isolated import child_environment
 from .engine.model import LoadedModel
 from .errors import AccessDenied, Misconfigured
+from .guard.guard import Guard, Rules
+from .guard.spending import Spending
 from .models.catalog import Catalog, HeaderFacts
 from .models.hashes import Hashes
 from .models.library import ModelLibrary
@@ -79,9 +82,26 @@ def build_service(settings: Settings) -> CompletionService:
     return CompletionService(
         pool,
         ModelLibrary(pool, vetting, lambda: build_puller(settings), _engine_version()),
+        guard=build_guard(settings.guard),
         default_max_tokens=settings.default_max_tokens,
-        max_seconds=settings.max_seconds,
     )
+
+
+def build_guard(chosen: GuardSettings) -> Guard:
+    """Policy, limits and ledger. No file is opened yet."""
+    audit = chosen.audit
+    rules = Rules(
+        chosen.policies,
+        chosen.limits,
+        chosen.admins,
+        chosen.admin_groups,
+        chosen.locked,
+        record_content=audit.record_content,
+        fail_closed=audit.fail_closed,
+        retention=audit.retention,
+    )
+    ledger = None if audit.path is None else Ledger(audit.path, durable=audit.durable)
+    return Guard(rules, Spending(chosen.spending), ledger)
 
 
 def _engine_version() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from IPython.core.interactiveshell import InteractiveShell
 from jupyter_core.paths import jupyter_runtime_dir
 
-from .config import home, kernel_environment, load_config, settings
+from .config import home, kernel_environment, load_config, load_system_config, settings
 from .notebook.client import Server, Transport, find_server
 from .notebook.extension import load as load_magics
 from .notebook.magics import Resolved
@@ -28,7 +28,7 @@ def _local() -> Transport:
     # The service's parts are only imported where there is no server to ask.
     from .local import LocalTransport
 
-    return LocalTransport(settings(load_config()))
+    return LocalTransport(settings(load_config(), system=load_system_config(), kernel=True))
 
 
 def _resolve(

@@ -16,9 +16,12 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote
 
+from .administration import Administration
 from .compose import build_service
 from .config import Settings
-from .errors import InternalError, NotFound, ShimmyError
+from .errors import AccessDenied, InternalError, NotFound, ShimmyError
+from .guard.asked import Asked
+from .guard.visit import result_of
 from .server import answers
 from .types import Principal
 
@@ -34,6 +37,8 @@ class LocalTransport:
 
     def __init__(self, settings: Settings) -> None:
         self._service = build_service(settings)
+        self._may_compute = settings.guard.allow_in_kernel
+        self._administration = Administration(self._service.library, self._service.guard)
         self._loop = asyncio.new_event_loop()
         # A daemon, and no executor is needed to close: neither may keep the process from ending.
         self._thread = threading.Thread(target=self._loop.run_forever, name="shimmy", daemon=True)
@@ -55,15 +60,16 @@ class LocalTransport:
         if method == "GET":
             return await self._look(path)
         library, me = self._service.library, Principal("local")
+        asked, work = _asked(path), self._administration
         match (method, *parts):
             case ("DELETE", "api", "jobs", id):
                 return library.jobs.cancel(id, me).to_json()
             case ("POST", "api", "models", "discover"):
                 return _read(await answers.library(library, await library.discover()))
             case ("POST", "api", "models", "pull"):
-                return {"job": (await library.pull(body["model"], me, body.get("sha256"))).id}
+                return {"job": (await work.pull(body["model"], asked, body.get("sha256"))).id}
             case ("POST", "api", "models", id, "load" | "unload" | "probe" | "verify" as verb):
-                return {"job": (await getattr(library, verb)(id, me)).id}
+                return {"job": (await getattr(work, verb)(id, asked)).id}
         raise NotFound(f"there is no {path}")
 
     async def _look(self, path: str) -> dict[str, Any]:
@@ -73,7 +79,7 @@ class LocalTransport:
             case ["api", "suggestions"]:
                 return await library.suggestions(dict(parse_qsl(query)).get("task"))
             case ["v1", "models"]:
-                return _read(answers.models(await self._service.models()))
+                return _read(answers.models(await self._service.models(Principal("local"))))
             case ["api", "models"]:
                 return _read(await answers.library(library, await library.describe(wait=True)))
             case ["api", "models", id]:
@@ -105,6 +111,13 @@ class LocalTransport:
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
+    def _check_place(self) -> None:
+        """Raises `AccessDenied` where models answer in a server only."""
+        if not self._may_compute:
+            raise AccessDenied(
+                "ShimmyPolicy.allow_in_kernel is off: a model answers in a Jupyter server only"
+            )
+
     async def _run(
         self,
         path: str,
@@ -116,9 +129,16 @@ class LocalTransport:
         chat = path == "shimmy/v1/chat/completions"
         parse = requests.parse_chat if chat else requests.parse_completion
         shape = answers.CHAT if chat else answers.COMPLETION
+        asked = _asked(path, "chat" if chat else "completions")
         try:
-            parsed = parse(body, uuid.uuid4().hex, Principal("local"))
-            async with await self._service.start(parsed.request) as completion:
+            self._check_place()
+            visit = self._service.visit(asked)
+            try:
+                parsed = parse(body, asked.request_id, asked.principal)
+            except ShimmyError as error:
+                await visit.end(result_of(error))
+                raise
+            async with await self._service.start(parsed.request, visit=visit) as completion:
                 writer = answers.EventWriter(shape, parsed, int(time.time()))
                 async for piece in writer.events(completion):
                     pieces.put(piece)
@@ -129,6 +149,10 @@ class LocalTransport:
             pieces.put(InternalError(f"{type(defect).__name__}: the log says more"))
         finally:
             pieces.put(None)
+
+
+def _asked(path: str, route: str = "act") -> Asked:
+    return Asked(Principal("local"), uuid.uuid4().hex, route, request_path=path)
 
 
 def _until_none(pieces: queue.SimpleQueue[bytes | ShimmyError | None]) -> Iterator[bytes]:

@@ -5,17 +5,18 @@ and the tests all come through here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from .completion import Completion, Echo
 from .engine.embedder import Embedder
 from .engine.model import Encoded, LoadedModel
 from .engine.stream import TokenStream
 from .errors import (
+    AccessDenied,
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineLost,
@@ -24,6 +25,9 @@ from .errors import (
     ModelNotFound,
     UnsupportedParameter,
 )
+from .guard.asked import Asked
+from .guard.guard import Guard
+from .guard.visit import Result, Visit, result_of
 from .models.jobs import Progress, Report, unheard
 from .models.library import ModelLibrary
 from .models.lifecycle import ModelPool
@@ -37,72 +41,13 @@ from .types import (
     Principal,
     Prompt,
     Sampling,
+    Usage,
 )
 
 _Prepared = tuple[LoadedModel, Encoded, str]
 """The model, the prompt, the adapter's path."""
 _AS_IT_IS = ChatOptions()
 _COUNTING = Progress("counting the prompt")
-
-
-@dataclass(frozen=True, slots=True)
-class Dependency:
-    """`status` is ok, degraded or down; `action` is what a person can do, if there is anything."""
-
-    name: str
-    status: str
-    detail: str
-    action: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """`active` counts the requests that are queued or running, and jobs."""
-
-    dependencies: list[Dependency]
-    active: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether a prompt could be answered."""
-        return all(dependency.status != "down" for dependency in self.dependencies)
-
-    def to_json(self) -> dict[str, Any]:
-        worst = [d.status for d in self.dependencies]
-        status = next((s for s in ("down", "degraded") if s in worst), "ok")
-        return {
-            "status": status,
-            "active": self.active,
-            "dependencies": [asdict(d) for d in self.dependencies],
-        }
-
-
-def _engine_health(loaded: list[LoadedModel]) -> Dependency:
-    failures = [model.failure.message for model in loaded if model.failure is not None]
-    if failures:
-        again = "the next request loads the model again"
-        return Dependency("engine", "degraded", "; ".join(failures), again)
-    if find_spec("llama_cpp") is None:
-        return Dependency(
-            "engine", "down", "llama-cpp-python is not installed", "pip install llama-cpp-python"
-        )
-    notes = sorted({note for model in loaded for note in model.facts.notes})
-    if notes:
-        return Dependency("engine", "degraded", "; ".join(notes), "see docs/install.md")
-    return Dependency(
-        "engine", "ok", f"{len(loaded)} models loaded" if loaded else "not in use yet"
-    )
-
-
-def _models_health(statuses: list[ModelStatus]) -> Dependency:
-    if not statuses:
-        return Dependency("models", "down", "no models", "set ShimmyModels.roots")
-    # A broken file that nobody has asked for is no concern of the server's.
-    failed = [f"{s.file.id}: {s.error}" for s in statuses if s.error and not s.file.problem]
-    if failed:
-        return Dependency("models", "degraded", "; ".join(failed), "replace the file, or remove it")
-    usable = sum(s.file.kind == "model" and not s.file.problem for s in statuses)
-    return Dependency("models", "ok", f"{usable} available")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +60,8 @@ class Vectors:
 
 
 class CompletionService:
-    """`default_max_tokens` is what a request gets that does not say how much it wants.
-
-    `max_seconds` is the most that any request may take, None for as long as it takes.
+    """`default_max_tokens` is what a request gets that does not say how much it wants. Without a guard
+    everybody may do everything, and nothing is recorded.
     """
 
     def __init__(
@@ -125,41 +69,82 @@ class CompletionService:
         pool: ModelPool[LoadedModel],
         library: ModelLibrary,
         *,
+        guard: Guard | None = None,
         default_max_tokens: int = 1024,
-        max_seconds: float | None = None,
     ) -> None:
         self.pool, self.library = pool, library
+        self.guard = guard or Guard()
         self.default_max_tokens = default_max_tokens
-        self.max_seconds = max_seconds
 
-    async def start(self, request: CompletionRequest, report: Report = unheard) -> Completion:
-        """Resolve the model, count the prompt exactly, refuse what cannot fit, queue the rest. A model
-        that is not in memory is loaded first; `report` hears how far that is.
+    def visit(self, asked: Asked) -> Visit:
+        """A request that is about to be made. Whoever makes it hands it to `start` or `embed`, or ends it."""
+        return Visit(self.guard, asked)
+
+    async def start(
+        self, request: CompletionRequest, report: Report = unheard, visit: Visit | None = None
+    ) -> Completion:
+        """See whether it may be asked, resolve the model, count the prompt exactly, refuse what cannot
+        fit, queue the rest. A model that is not in memory is loaded first; `report` hears how far that
+        is. However it fails, `visit` is ended.
         """
-        limits = [t for t in (request.max_seconds, self.max_seconds) if t is not None]
-        limit = min(limits, default=None)
+        visit = visit or self.visit(Asked(request.principal, request.request_id))
+        try:
+            return await self._started(request, report, visit)
+        except asyncio.CancelledError as gone:
+            visit.end_later(result_of(gone))
+            raise
+        except BaseException as error:
+            await visit.end(result_of(error))
+            raise
+
+    async def _started(
+        self, request: CompletionRequest, report: Report, visit: Visit
+    ) -> Completion:
         clock = asyncio.get_running_loop().time
         began = clock()
+        await visit.check(request)
+        limits = [t for t in (request.max_seconds, visit.seconds) if t is not None]
+        limit = min(limits, default=None)
         async with AsyncExitStack() as held:
             try:
                 async with asyncio.timeout(limit):
+                    await visit.arrive(lambda before: report(_turn(before)))
                     model, encoded, adapter = await self._prepared(request, held, report)
+                    visit.model_sha256 = self._digest(model)
+                    count = len(encoded.tokens)
+                    room = self._room(request, count, model.facts)
+                    max_tokens = await visit.reserve(
+                        count, request.max_tokens, room, choices=request.n
+                    )
+                    echo = await self._echo(model, request, encoded) if request.echo else None
             except TimeoutError:
                 raise DeadlineExceeded("the request took longer than its max_seconds") from None
-            count = len(encoded.tokens)
-            max_tokens = self._room(request, count, model.facts)
-            echo = await self._echo(model, request, encoded) if request.echo else None
             if max_tokens == 0 and request.sampling.prompt_logprobs is None:
-                return Completion(request, count, echo=echo)
+                return Completion(request, count, visit=visit, echo=echo)
             left = None if limit is None else max(0.0, limit - (clock() - began))
             wanted = _Wanted(encoded, max_tokens, adapter, left)
-            return Completion(request, count, *_submitted(model, request, wanted), echo)
+            streams, bell = _submitted(model, request, wanted)
+            return Completion(request, count, streams, bell, visit=visit, echo=echo)
+
+    def _digest(self, model: LoadedModel) -> str | None:
+        """SHA-256 of the bytes that are loaded, where somebody has read them."""
+        vetted = self.pool.entry_of(model).vetted
+        return vetted.digests[0] if vetted is not None and vetted.digests else None
+
+    async def _check_loading(self, id: str, principal: Principal) -> None:
+        """Raises `AccessDenied` where a model would have to be loaded for somebody who may not."""
+        if self.guard.allows(principal, "load", id):
+            return
+        found = await self.pool.catalog.find(id)
+        if self.pool.status_of(found).state != "loaded":
+            raise AccessDenied(f"{id} is not in memory, and you may not load it", param="model")
 
     async def _encoded(
         self, request: CompletionRequest, held: AsyncExitStack, report: Report
     ) -> _Prepared:
         if request.pin is not None:
             await self.library.attached.hold(request.model, request.adapter, request.pin)
+        await self._check_loading(request.model, request.principal)
         model = await held.enter_async_context(self.pool.use(request.model, report))
         report(_COUNTING)
         if not model.facts.can_generate:
@@ -228,26 +213,46 @@ class CompletionService:
             )
         return wanted
 
-    async def embed(self, request: EmbeddingRequest) -> Vectors:
+    async def embed(self, request: EmbeddingRequest, visit: Visit | None = None) -> Vectors:
         """Vectors of texts, or scores of a query's documents. Raises what `LoadedModel` does, and
-        `UnsupportedParameter` where the model cannot make them.
+        `UnsupportedParameter` where the model cannot make them. `visit` is ended.
         """
-        who = request.principal.name
+        visit = visit or self.visit(Asked(request.principal, request.request_id, "embeddings"))
         try:
-            async with asyncio.timeout(self.max_seconds), AsyncExitStack() as held:
-                try:
-                    embedder, tokens = await self._inputs(request, held)
-                except EngineLost:
-                    # As in `_prepared`.
-                    await held.aclose()
-                    embedder, tokens = await self._inputs(request, held)
-                return Vectors(await embedder.vectors(tokens, who), sum(map(len, tokens)))
-        except TimeoutError:
-            raise DeadlineExceeded("the request took longer than max_seconds") from None
+            await visit.check(request)
+            try:
+                async with asyncio.timeout(visit.seconds):
+                    await visit.arrive(lambda before: None)
+                    found = await self._vectors(request, visit)
+            except TimeoutError:
+                raise DeadlineExceeded("the request took longer than max_seconds") from None
+        except asyncio.CancelledError as gone:
+            visit.end_later(result_of(gone))
+            raise
+        except BaseException as error:
+            await visit.end(result_of(error))
+            raise
+        await visit.end(Result("ok", usage=Usage(found.tokens, 0)))
+        return found
+
+    async def _vectors(self, request: EmbeddingRequest, visit: Visit) -> Vectors:
+        async with AsyncExitStack() as held:
+            try:
+                model, embedder, tokens = await self._inputs(request, held)
+            except EngineLost:
+                # As in `_prepared`.
+                await held.aclose()
+                model, embedder, tokens = await self._inputs(request, held)
+            visit.model_sha256 = self._digest(model)
+            count = sum(map(len, tokens))
+            await visit.reserve(count, 0, 0)
+            vectors = await embedder.vectors(tokens, request.principal.name)
+        return Vectors(vectors, count)
 
     async def _inputs(
         self, request: EmbeddingRequest, held: AsyncExitStack
-    ) -> tuple[Embedder, tuple[tuple[int, ...], ...]]:
+    ) -> tuple[LoadedModel, Embedder, tuple[tuple[int, ...], ...]]:
+        await self._check_loading(request.model, request.principal)
         model = await held.enter_async_context(self.pool.use(request.model))
         embedder = model.embedder
         if embedder is None:
@@ -261,44 +266,54 @@ class CompletionService:
         if (request.dimensions or 0) > width:
             raise InvalidValue(f"this model's vectors have {width} numbers", param="dimensions")
         who = request.principal.name
-        return embedder, await model.encode_inputs(request.inputs, request.names, who)
+        tokens = await model.encode_inputs(request.inputs, request.names, who)
+        return model, embedder, tokens
+
+    @contextlib.asynccontextmanager
+    async def _for_counting(self, model: str, principal: Principal) -> AsyncIterator[LoadedModel]:
+        """A model whose tokenizer is wanted. Raises `AccessDenied`."""
+        self.guard.check(principal, "use", model)
+        self.guard.check_feature("tokenize")
+        await self._check_loading(model, principal)
+        async with self.pool.use(model) as found:
+            yield found
 
     async def tokenize(
         self, model: str, prompt: Prompt, principal: Principal, options: ChatOptions = _AS_IT_IS
     ) -> tuple[int, ...]:
         """The exact tokens that a prompt has, as `start` would count them."""
-        async with self.pool.use(model) as found:
+        async with self._for_counting(model, principal) as found:
             return await found.encode(prompt, principal.name, options)
 
     async def detokenize(self, model: str, tokens: tuple[int, ...], principal: Principal) -> str:
         """The text of tokens; bytes that make no character become U+FFFD."""
-        async with self.pool.use(model) as found:
+        async with self._for_counting(model, principal) as found:
             return await found.decode(tokens, principal.name)
 
     async def rendered(
         self, model: str, prompt: Prompt, principal: Principal, options: ChatOptions = _AS_IT_IS
     ) -> tuple[str, int]:
         """A chat as the model's template writes it, and how many tokens that is."""
-        async with self.pool.use(model) as found:
+        async with self._for_counting(model, principal) as found:
             text = await found.render(prompt, principal.name, options)
             return text, len(await found.encode(text, principal.name))
 
-    async def models(self) -> list[ModelStatus]:
-        """Those that a request can name as its `model`."""
-        statuses = await self.pool.status()
-        return [s for s in statuses if s.file.kind == "model" and s.file.problem is None]
-
-    async def model(self, id: str) -> ModelStatus:
-        """Raises `ModelNotFound`."""
-        return self.pool.status_of(await self.pool.catalog.find(id))
-
-    async def health(self) -> Health:
-        """What the main job depends on. Looks, and loads nothing."""
-        dependencies = [
-            _engine_health(self.pool.loaded()),
-            _models_health(await self.pool.status()),
+    async def models(self, principal: Principal) -> list[ModelStatus]:
+        """Those that this user can name as a request's `model`."""
+        return [
+            status
+            for status in await self.pool.status()
+            if status.file.kind == "model"
+            and status.file.problem is None
+            and self.guard.allows(principal, "use", status.file.id)
         ]
-        return Health(dependencies, self.active)
+
+    async def model(self, id: str, principal: Principal) -> ModelStatus:
+        """Raises `ModelNotFound`, also for one that this user may not use."""
+        found = await self.pool.catalog.find(id)
+        if not self.guard.allows(principal, "use", id):
+            raise ModelNotFound(f"there is no model {id[:128]!r} for you", param="model")
+        return self.pool.status_of(found)
 
     @property
     def active(self) -> int:
@@ -309,6 +324,11 @@ class CompletionService:
         self.pool.begin_close()
         await self.library.close()
         await self.pool.close()
+        await self.guard.close()
+
+
+def _turn(before: int) -> Progress:
+    return Progress(f"waiting for your turn: {before} of yours before it")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,11 +30,11 @@ class Local:
     """The service in this process; its errors become the command's."""
 
     def __enter__(self) -> Any:
-        from ..config import load_config, settings
+        from ..config import load_config, load_system_config, settings
         from ..local import LocalTransport
 
         try:
-            chosen = settings(load_config())
+            chosen = settings(load_config(), system=load_system_config(), kernel=True)
         except TraitError as error:
             raise click.ClickException(f"in Jupyter's configuration: {error}") from error
         except Exception as error:  # a configuration file is a program of somebody else's

@@ -79,11 +79,11 @@ def _target(_context: click.Context, option: click.Parameter, path: Path | None)
 def bench(*, as_json: Path | None, plot: Path | None, isolation: str | None, **plan: Any) -> None:
     """Measure how fast MODEL, or the one with * in `shimmy models`, answers on this machine."""
     from ..bench import Plan, measure
-    from ..config import load_config, settings
+    from ..config import load_config, load_system_config, settings
 
     progress = Progress()
     try:
-        chosen = settings(load_config())
+        chosen = settings(load_config(), system=load_system_config(), kernel=True)
         if isolation is not None:
             chosen = dataclasses.replace(chosen, isolation=isolation)
         found = asyncio.run(measure(Plan(**plan), chosen, progress.say))

@@ -283,19 +283,26 @@ class ModelLibrary:
 
         return self.jobs.start("verify", id, principal, work)
 
+    @staticmethod
+    def wanted(reference: str) -> str:
+        """What a repository, an address or a suggestion's name stands for, in one form. Raises
+        `InvalidValue` for what can be no model.
+        """
+        suggested = {one.id: one.reference for one in suggestions()}
+        try:
+            return str(parse(suggested.get(reference, reference)))
+        except InvalidValue as error:
+            close = difflib.get_close_matches(reference.lower().replace(":", "-"), suggested, n=1)
+            hint = f"did you mean the suggestion {close[0]}? " if close else ""
+            raise InvalidValue(f"{hint}{error.message}", param="model") from None
+
     async def pull(self, reference: str, principal: Principal, sha256: str | None = None) -> Job:
         """A repository, an address, or the name of a suggestion. Raises `AccessDenied` where nobody may,
         and `InvalidValue` for what can be no model.
         """
         puller = await asyncio.to_thread(self._make_puller)
-        suggested = {one.id: one.reference for one in suggestions()}
-        wanted = suggested.get(reference, reference)
-        try:
-            shown = str(parse(wanted))
-        except InvalidValue as error:
-            close = difflib.get_close_matches(reference.lower().replace(":", "-"), suggested, n=1)
-            hint = f"did you mean the suggestion {close[0]}? " if close else ""
-            raise InvalidValue(f"{hint}{error.message}", param="model") from None
+        shown = self.wanted(reference)
+        wanted = {one.id: one.reference for one in suggestions()}.get(reference, reference)
 
         def fetch(report: Report, stopped: Stopped) -> Any:
             def progress(now: PullProgress) -> None:

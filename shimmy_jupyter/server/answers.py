@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..audit.ledger import Receipt
 from ..completion import Completion, Delta, Echo
 from ..errors import ShimmyError
 from ..models.jobs import Progress
@@ -149,7 +150,7 @@ def usage(used: Usage) -> dict[str, Any]:
     }
 
 
-def figures(request_id: str, ended: Ended) -> dict[str, Any]:
+def figures(request_id: str, ended: Ended, receipt: Receipt | None) -> dict[str, Any]:
     """The `shimmy` object: times in milliseconds, the decode rate in tokens per second."""
 
     def rounded(value: float | None) -> float | None:
@@ -158,6 +159,7 @@ def figures(request_id: str, ended: Ended) -> dict[str, Any]:
     timings = ended.timings
     return {
         "request_id": request_id,
+        "receipt": asdict(receipt) if receipt is not None else None,
         "queue_ms": rounded(timings.queue_ms),
         "ttft_ms": rounded(timings.ttft_ms),
         "tokens_per_second": rounded(timings.tokens_per_second),
@@ -174,6 +176,7 @@ async def body(shape: Shape, parsed: Parsed, completion: Completion, created: in
     while deltas := await completion.read():
         for delta in deltas:
             choices[delta.index].add(delta)
+    receipt = await completion.finish()
     return _dump(
         {
             "id": shape.prefix + request.request_id,
@@ -187,7 +190,7 @@ async def body(shape: Shape, parsed: Parsed, completion: Completion, created: in
                 )
             ],
             "usage": usage(completion.usage),
-            "shimmy": figures(request.request_id, completion.ended),
+            "shimmy": figures(request.request_id, completion.ended, receipt),
         }
     )
 
@@ -231,7 +234,7 @@ class EventWriter:
         except ShimmyError as error:
             if not told:
                 raise
-            yield self.failed(error)
+            yield await self._ended(completion, error)
             return
         while deltas:
             yield data + b"".join(self._delta(delta, completion.echo) for delta in deltas)
@@ -239,9 +242,22 @@ class EventWriter:
             try:
                 deltas = await completion.read()
             except ShimmyError as error:
-                yield self.failed(error)
+                yield await self._ended(completion, error)
                 return
-        yield data + self._closing(completion)
+        try:
+            receipt = await completion.finish()
+        except ShimmyError as error:
+            yield data + self.failed(error)
+        else:
+            yield data + self._closing(completion, receipt)
+
+    async def _ended(self, completion: Completion, error: ShimmyError) -> bytes:
+        """The error is the last event, once it is on record."""
+        try:
+            await completion.finish(error)
+        except ShimmyError as unrecorded:
+            error = unrecorded
+        return self.failed(error)
 
     async def loading(
         self, starting: asyncio.Task[Completion], progress: Callable[[], Progress]
@@ -305,8 +321,8 @@ class EventWriter:
         choice = self._shape.delta(delta.index, text, None, scores)
         return event(self._head | {"choices": [choice]})
 
-    def _closing(self, completion: Completion) -> bytes:
-        extra = {"shimmy": figures(self._parsed.request.request_id, completion.ended)}
+    def _closing(self, completion: Completion, receipt: Receipt | None) -> bytes:
+        extra = {"shimmy": figures(self._parsed.request.request_id, completion.ended, receipt)}
         *others, last = [
             self._head | {"choices": [self._shape.delta(index, {}, ended.reason.value)]}
             for index, ended in enumerate(completion.endings)

@@ -10,7 +10,7 @@ from jupyter_server.extension.application import ExtensionApp
 from traitlets import TraitError
 
 from ..compose import build_service
-from ..config import CONFIGURABLES, AppTraits, Settings, settings
+from ..config import CONFIGURABLES, AppTraits, Settings, load_system_config, settings
 from ..errors import Misconfigured
 from ..service import CompletionService
 from .handlers import ROUTES
@@ -28,7 +28,7 @@ class ShimmyApp(AppTraits, ExtensionApp):
 
     def initialize_settings(self) -> None:
         try:
-            chosen = settings(self.config)
+            chosen = settings(self.config, system=load_system_config())
         except TraitError as error:
             # The server itself goes on; our routes say what is wrong.
             self.log.error("shimmy_jupyter cannot answer, as a setting is wrong: %s", error)  # noqa: TRY400

@@ -23,9 +23,15 @@ MAY_NEED: dict[str, set[str]] = {
     "core": LOW,
     "models": LOW,
     "engine": LOW | {"core"},
-    "completion": LOW | {"core", "engine"},
-    "service": LOW | {"core", "engine", "models", "completion"},
-    "server": LOW | {"core", "engine", "models", "completion", "service"},
+    "audit": LOW,
+    "guard": LOW | {"core", "audit"},
+    "completion": LOW | {"core", "engine", "audit", "guard"},
+    "administration": LOW | {"models", "guard"},
+    "service": LOW | {"core", "engine", "models", "completion", "guard"},
+    "health": LOW | {"engine", "models", "guard", "audit", "service"},
+    "server": LOW
+    | {"core", "engine", "models", "completion", "service", "guard", "audit", "health"}
+    | {"administration"},
     "notebook": LOW,
 }
 EDGE = {"config", "compose", "local", "kernel", "cli", "doctor", "bench", "__init__", "server.app"}

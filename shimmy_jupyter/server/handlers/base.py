@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import math
 import uuid
 from typing import Any
 
@@ -21,9 +22,12 @@ from ...errors import (
     MethodNotAllowed,
     Misconfigured,
     NotFound,
+    RateLimitExceeded,
     RequestTooLarge,
     ShimmyError,
 )
+from ...guard.asked import Asked
+from ...guard.visit import Visit
 from ...service import CompletionService
 from ...types import Principal
 
@@ -60,11 +64,33 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
         groups = tuple(str(group) for group in hub_user.get("groups") or ())
         return Principal(str(hub_user["name"]), groups, bool(hub_user.get("admin")), "hub")
 
+    def asked(self, route: str) -> Asked:
+        """Who asks, and from where. What the client says of itself is for the record only."""
+        headers = self.request.headers
+        return Asked(
+            self.principal,
+            self.request_id,
+            route,
+            client_ip=self.request.remote_ip,
+            request_path=self.request.path,
+            notebook=headers.get("x-shimmy-notebook"),
+            cell=headers.get("x-shimmy-cell"),
+        )
+
+    async def tell_limits(self, visit: Visit) -> None:
+        """In headers, where there are limits and headers have not gone out."""
+        if not self._headers_written:
+            self._told = await visit.headers()
+            for name, value in self._told.items():
+                self.set_header(name, value)
+
     def set_default_headers(self) -> None:
         # Called again when an error clears what was set: the id must outlive that.
         super().set_default_headers()
         self.request_id = getattr(self, "request_id", None) or uuid.uuid4().hex
         self.set_header("x-shimmy-request-id", self.request_id)
+        for name, value in getattr(self, "_told", {}).items():
+            self.set_header(name, value)
 
     async def prepare(self) -> None:  # type: ignore[override]
         self._accept_kernel_secret()
@@ -107,6 +133,8 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
             )
             error = kind(message)
         self.set_status(error.status)
+        if isinstance(error, RateLimitExceeded) and error.retry_after is not None:
+            self.set_header("Retry-After", str(math.ceil(error.retry_after)))
         self.finish(json.dumps(error.to_json(self.request_id)))
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 from tornado.iostream import StreamClosedError
 
 from ...completion import Completion
-from ...errors import Cancelled, ShimmyError
+from ...errors import Cancelled, RateLimitExceeded, ShimmyError
+from ...guard.visit import Visit, result_of
 from ...models.jobs import Progress
 from ...types import CompletionRequest
 from .. import answers
 from .body import BodyHandler
+
+if TYPE_CHECKING:  # importing it would load pydantic at the server's start
+    from ..requests import Parsed
 
 _SMALL = 64 * 1024
 _NAMED = 20
@@ -45,35 +49,51 @@ class _GeneratingHandler(BodyHandler):
         if self._completion is not None:
             self._completion.close()
 
-    async def _complete(self, api: _Api) -> None:
-        body = self.take_body()
-        # Off the event loop, for the sake of others when it is large.
-        parse = functools.partial(api.parse, body, self.request_id, self.principal)
-        parsed = parse() if len(body) < _SMALL else await asyncio.to_thread(parse)
-        if parsed.ignored:
-            self.set_header("x-shimmy-ignored", ignored_names(parsed.ignored))
+    async def _complete(self, api: _Api, route: str) -> None:
+        visit = self.service.visit(self.asked(route))
+        try:
+            parsed = await self._parsed(api)
+        except ShimmyError as error:
+            await visit.end(result_of(error))
+            raise
         created = int(time.time())
         try:
             if parsed.stream:
-                await self._stream(api.writer(parsed, created), parsed.request)
+                await self._stream(api.writer(parsed, created), parsed.request, visit)
                 return
-            async with await self.service.start(parsed.request) as completion:
+            async with await self.service.start(parsed.request, visit=visit) as completion:
                 self._completion = completion
+                await self.tell_limits(visit)
                 if not self._gone:
                     await self.finish(await api.body(parsed, completion, created))
+        except RateLimitExceeded:
+            await self.tell_limits(visit)
+            raise
         except (StreamClosedError, Cancelled):
             # The client went away; leaving the block frees its sequence.
             self.log.debug("request %s: the client disconnected", self.request_id)
 
-    async def _stream(self, writer: answers.EventWriter, request: CompletionRequest) -> None:
+    async def _parsed(self, api: _Api) -> Parsed:
+        body = self.take_body()
+        # Off the event loop, for the sake of others when it is large.
+        parse = functools.partial(api.parse, body, self.request_id, self.principal)
+        parsed: Parsed = parse() if len(body) < _SMALL else await asyncio.to_thread(parse)
+        if parsed.ignored:
+            self.set_header("x-shimmy-ignored", ignored_names(parsed.ignored))
+        return parsed
+
+    async def _stream(
+        self, writer: answers.EventWriter, request: CompletionRequest, visit: Visit
+    ) -> None:
         """Headers go with the first event, so a request that fails soon keeps its status."""
         heard = _Heard()
-        starting = asyncio.create_task(self.service.start(request, heard))
+        starting = asyncio.create_task(self.service.start(request, heard, visit))
         starting.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             async for comment in writer.loading(starting, lambda: heard.progress):
                 await self._send(comment)
             completion = starting.result()
+            await self.tell_limits(visit)
         except ShimmyError as error:
             if not self._headers_written:
                 raise
@@ -88,7 +108,7 @@ class _GeneratingHandler(BodyHandler):
             # Where the client went away before it began.
             starting.cancel()
             if starting.done() and not (starting.cancelled() or starting.exception()):
-                starting.result().close()
+                await starting.result().finish(Cancelled("the client disconnected"))
         if not self._gone:
             await self.finish(set_content_type="text/event-stream")
 
@@ -141,7 +161,7 @@ class ChatCompletionsHandler(_GeneratingHandler):
     @web.authenticated
     @authorized(action="execute", resource="shimmy_jupyter:generate")
     async def post(self) -> None:
-        await self._complete(await _Api.load(chat=True))
+        await self._complete(await _Api.load(chat=True), "chat")
 
 
 @web.stream_request_body
@@ -149,4 +169,4 @@ class CompletionsHandler(_GeneratingHandler):
     @web.authenticated
     @authorized(action="execute", resource="shimmy_jupyter:generate")
     async def post(self) -> None:
-        await self._complete(await _Api.load(chat=False))
+        await self._complete(await _Api.load(chat=False), "completions")

@@ -8,7 +8,8 @@ from typing import Any
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 
-from ...errors import Cancelled
+from ...errors import Cancelled, ShimmyError
+from ...guard.visit import Result, Visit, result_of
 from .body import BodyHandler
 from .completions import ignored_names
 
@@ -36,28 +37,35 @@ class _VectorsHandler(BodyHandler):
         if self._task is not None:
             self._task.cancel()
 
-    async def _answer(self, parser: str) -> None:
+    async def _answer(self, parser: str, route: str) -> None:
         api = await _api()
+        visit = self.service.visit(self.asked(route))
         body = self.take_body()
-        parsed = await asyncio.to_thread(
-            getattr(api, parser), body, self.request_id, self.principal
-        )
+        try:
+            parsed = await asyncio.to_thread(
+                getattr(api, parser), body, self.request_id, self.principal
+            )
+        except ShimmyError as error:
+            await visit.end(result_of(error))
+            raise
         if parsed.ignored:
             self.set_header("x-shimmy-ignored", ignored_names(parsed.ignored))
         if self._gone:
+            visit.end_later(Result("cancelled", Cancelled.code))
             return
-        self._task = asyncio.create_task(self._computed(parsed))
+        self._task = asyncio.create_task(self._computed(parsed, visit))
         try:
             answer = await self._task
         except asyncio.CancelledError:
             if self._gone:
                 return
             raise Cancelled("the request was cancelled") from None
+        await self.tell_limits(visit)
         self.set_header("Content-Type", "application/json")
         await self.finish(answer)
 
-    async def _computed(self, parsed: Any) -> bytes:
-        found = await self.service.embed(parsed.request)
+    async def _computed(self, parsed: Any, visit: Visit) -> bytes:
+        found = await self.service.embed(parsed.request, visit)
         # Thousands of numbers take a while to write down.
         answer: bytes = await asyncio.to_thread(parsed.answer, found)
         return answer
@@ -68,7 +76,7 @@ class EmbeddingsHandler(_VectorsHandler):
     @web.authenticated
     @authorized(action="execute", resource="shimmy_jupyter:generate")
     async def post(self) -> None:
-        await self._answer("parse_embeddings")
+        await self._answer("parse_embeddings", "embeddings")
 
 
 @web.stream_request_body
@@ -76,4 +84,4 @@ class RerankHandler(_VectorsHandler):
     @web.authenticated
     @authorized(action="execute", resource="shimmy_jupyter:generate")
     async def post(self) -> None:
-        await self._answer("parse_rerank")
+        await self._answer("parse_rerank", "rerank")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 
+from ...health import health
 from .base import ShimmyHandler
 
 
@@ -14,7 +15,7 @@ class HealthHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:metrics")
     async def get(self) -> None:
-        health = await self.service.health()
-        if not health.ok:
+        found = await health(self.service)
+        if not found.ok:
             self.set_status(503)
-        await self.finish(health.to_json())
+        await self.finish(found.to_json())

@@ -15,7 +15,7 @@ class ModelsHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:models")
     async def get(self) -> None:
-        found = await self.service.models()
+        found = await self.service.models(self.principal)
         # There can be thousands.
         await self.finish(await asyncio.to_thread(answers.models, found))
 
@@ -24,4 +24,4 @@ class ModelHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:models")
     async def get(self, id: str) -> None:
-        await self.finish(answers.model(await self.service.model(id)))
+        await self.finish(answers.model(await self.service.model(id, self.principal)))

@@ -1,25 +1,15 @@
-"""Every setting, as a trait with its help; and the only reader of the environment.
-
-Traits become one frozen `Settings`, which is passed in where it is needed and fetched nowhere.
-"""
+"""Every setting, as a trait with its help."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from jupyter_core.paths import jupyter_config_path, jupyter_data_dir, jupyter_path
 from traitlets import Bool, Dict, Enum, Float, HasTraits, Int, List, TraitError, TraitType, Unicode
-from traitlets.config import Config, Configurable
-from traitlets.config.loader import ConfigFileNotFound, JSONFileConfigLoader, PyFileConfigLoader
+from traitlets.config import Configurable
 
-from .models.sources import Places
+from ..core.policy import CEILINGS, FEATURES
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMG]?)i?B?\s*$", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -199,17 +189,116 @@ class ShimmyModels(Configurable):
     ).tag(config=True)
 
 
+_COUNT = "None: no limit."
+
+
+def _limit(help: str) -> Any:
+    return Int(None, min=0, allow_none=True, help=f"{help} {_COUNT}").tag(config=True)
+
+
 class ShimmyLimits(Configurable):
-    """What a request may cost."""
+    """What one user may ask for. Values in the system's configuration are ceilings."""
 
     max_request_size = Bytes(
         8 << 20, help='Most bytes in the body of a request, such as "8MB".'
     ).tag(config=True)
+    max_requests_per_minute = _limit("Most requests of a user in any 60 seconds.")
+    max_tokens_per_minute = _limit(
+        "Most tokens of a user, prompts and answers together, in any 60 seconds."
+    )
+    max_tokens_per_day = _limit("Most tokens of a user in a day, which begins at midnight UTC.")
+    max_concurrent = _limit("Most requests of a user in progress at once; further ones wait.")
+    max_queued = _limit(
+        "Most requests of a user that wait for their first token; further ones are refused."
+    )
+    max_prompt_tokens = _limit("Most tokens of a prompt.")
+    max_completion_tokens = _limit("Most tokens of an answer, all its choices together.")
     max_seconds = Finite(
         None,
         min=0.001,
         allow_none=True,
         help="Most seconds that a request may take, waiting included. None: as long as it takes.",
+    ).tag(config=True)
+    groups = Dict(
+        value_trait=Dict(),
+        key_trait=Unicode(),
+        help="Other limits for each member of a group, such as "
+        '{"staff": {"max_tokens_per_day": 1000000}}. Of several groups the most generous.',
+    ).tag(config=True)
+    shared = Dict(
+        value_trait=Dict(),
+        key_trait=Unicode(),
+        help="Limits that all members of a group have together, such as "
+        '{"course-101": {"max_tokens_per_day": 5000000}}; per minute, per day, concurrent and queued.',
+    ).tag(config=True)
+
+
+class ShimmyPolicy(Configurable):
+    """Who may do what. What the system's configuration says holds beside what a user's says."""
+
+    rules = List(
+        Dict(),
+        help='Such as {"deny": "*-70b*"}, {"deny": "*", "actions": ["pull", "unload"], "admin": False} or '
+        '{"allow": "course-*", "groups": ["students"]}: allow or deny is a pattern of model names, or a '
+        "list of them; actions are use, load, unload, pull, probe and verify, all of them where none is "
+        "named; users and groups say whom it is for, everybody where neither is there; admin whether it "
+        "is for administrators only (True) or for all others (False). Deny wins. Where any rule allows an "
+        "action, what no rule allows is denied.",
+    ).tag(config=True)
+    admins = List(
+        Unicode(),
+        help="Names of users who administer, beside those whom the Hub says to.",
+    ).tag(config=True)
+    admin_groups = List(Unicode(), help="Groups whose members administer.").tag(config=True)
+    ceilings = Dict(
+        value_trait=Finite(min=0),
+        key_trait=Enum(tuple(CEILINGS)),
+        help='Most that a request may ask for, by field, such as {"n": 4, "max_tokens": 2048}. Fields: '
+        + ", ".join(CEILINGS)
+        + ".",
+    ).tag(config=True)
+    features = List(
+        Enum(FEATURES),
+        list(FEATURES),
+        help="What requests may use. Leave one out to switch it off.",
+    ).tag(config=True)
+    allow_in_kernel = Bool(
+        True,
+        help="Whether a kernel without a server may run a model in its own process.",
+    ).tag(config=True)
+
+
+class ShimmyAudit(Configurable):
+    """The ledger of what was asked, and what became of it."""
+
+    enabled = Bool(True, help="Whether requests and administrative acts are recorded.").tag(
+        config=True
+    )
+    path = Unicode(
+        "",
+        help="The ledger's file. Empty: shimmy_jupyter/audit/ledger.sqlite in Jupyter's data folder, and "
+        "kernel-ledger.sqlite there for kernels without a server.",
+    ).tag(config=True)
+    record_content = Bool(
+        False,
+        help="Whether prompts and answers themselves are recorded, not only their keyed digests.",
+    ).tag(config=True)
+    fail_closed = Bool(
+        False,
+        help="Whether requests are refused, with audit_unavailable, where they cannot be recorded. "
+        "Otherwise shimmy/health is degraded and the log says so.",
+    ).tag(config=True)
+    durable = Bool(
+        False,
+        help="Whether a record survives a power cut, not only the end of the process. Costs a sync of the "
+        "disk for each group of requests.",
+    ).tag(config=True)
+    retention = Int(
+        None,
+        min=1,
+        allow_none=True,
+        help="Days for which records are kept readable; then their bodies go, and hashes stay. None: for "
+        "ever.",
     ).tag(config=True)
 
 
@@ -219,175 +308,19 @@ class AppTraits(HasTraits):
     offline = Bool(False, help="Open no outbound connection, whatever else is set.").tag(
         config=True
     )
+    bind_localhost_only = Bool(
+        False, help="Refuse every request while the server listens on more than this machine."
+    ).tag(config=True)
 
 
 class WithoutServer(AppTraits, Configurable):
     """The same where there is no server, under a name that a section can have."""
 
 
-CONFIGURABLES: tuple[type[Configurable], ...] = (ShimmyEngine, ShimmyModels, ShimmyLimits)
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the rooms need to know. Sizes are in tokens, or bytes where the name says so."""
-
-    context_size: int = 0
-    kv_tokens: int = 0
-    kv_type: str = "f16"
-    prompt_lookup: bool = True
-    default_max_tokens: int = 1024
-    max_sequences: int = 32
-    max_queue: int = 256
-    threads: int = 0
-    gpu_layers: int = -1
-    nice: int = 0
-    isolation: str = "none"
-    public_prefixes: tuple[str, ...] = ()
-    saved_kv_bytes: int = 256 << 20
-    weights: Mapping[str, float] = field(default_factory=dict)
-    max_seconds: float | None = None
-    places: Places = field(default_factory=Places)
-    state_folder: Path | None = None
-    """Where what is known of files is kept; None: in memory."""
-    probe: bool = True
-    verify_always: bool = False
-    memory_check: bool = True
-    memory_reserve: int | None = None
-    memory_budget: int = 0
-    idle_unload: float = 0.0
-    offline: bool = False
-    allow_pull: bool = True
-    hub: str = ""
-    hub_token: str | None = field(default=None, repr=False)
-    pull_hosts: tuple[str, ...] = ()
-    max_request_bytes: int = 8 << 20
-
-
-def settings(config: Config, environment: Mapping[str, str] = os.environ) -> Settings:
-    """Read the traits out of a Jupyter configuration. Raises TraitError naming the bad one."""
-    engine = ShimmyEngine(config=config)
-    models = ShimmyModels(config=config)
-    limits = ShimmyLimits(config=config)
-    for text in engine.public_prefixes:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TraitError(f"ShimmyEngine.public_prefixes is no text: {error}") from None
-    hub = models.hub or environment.get("HF_ENDPOINT", "")
-    if hub and not re.fullmatch(r"https://[^/@?#\s]+(/[^@?#\s]*)?", hub):
-        raise TraitError(
-            "ShimmyModels.hub or HF_ENDPOINT must be an https address without user or query"
-        )
-    app = WithoutServer(config=Config({"WithoutServer": config.get("ShimmyApp", {})}))
-    switched_off = environment.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-    return Settings(
-        context_size=engine.context_size,
-        kv_tokens=engine.kv_tokens,
-        kv_type=engine.kv_type,
-        prompt_lookup=engine.prompt_lookup,
-        default_max_tokens=engine.default_max_tokens,
-        max_sequences=engine.max_sequences,
-        max_queue=engine.max_queue,
-        threads=engine.threads,
-        gpu_layers=engine.gpu_layers,
-        nice=engine.nice,
-        isolation=engine.isolation,
-        public_prefixes=tuple(engine.public_prefixes),
-        saved_kv_bytes=engine.saved_kv,
-        weights=dict(engine.weights),
-        max_seconds=limits.max_seconds,
-        places=places(models.roots, models.search, environment),
-        state_folder=Path(jupyter_data_dir()) / "shimmy_jupyter",
-        probe=models.probe,
-        verify_always=models.verify == "always",
-        memory_check=models.memory_check,
-        memory_reserve=models.memory_reserve or None,
-        memory_budget=models.memory_budget,
-        idle_unload=models.idle_unload,
-        offline=app.offline or switched_off,
-        allow_pull=models.allow_pull,
-        hub=hub,
-        hub_token=environment.get("HF_TOKEN") or environment.get("HUGGING_FACE_HUB_TOKEN"),
-        pull_hosts=tuple(models.pull_hosts),
-        max_request_bytes=limits.max_request_size,
-    )
-
-
-def places(roots: Sequence[str], search: Sequence[str], environment: Mapping[str, str]) -> Places:
-    """Where to look for models: what was set, and where other programs keep theirs."""
-    paths = environment.get("SHIMMY_MODEL_PATHS", "").split(os.pathsep)
-    caches = Path(environment.get("XDG_CACHE_HOME") or "~/.cache")
-    hugging = Path(environment.get("HF_HOME") or caches / "huggingface")
-    lmstudio = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
-    return Places(
-        roots=tuple(Path(root) for root in roots if root),
-        model_paths=tuple(Path(path) for path in paths if path),
-        ollama=_ollama(environment) if "ollama" in search else None,
-        huggingface=Path(environment.get("HF_HUB_CACHE") or hugging / "hub")
-        if "huggingface" in search
-        else None,
-        lmstudio=tuple(map(Path, lmstudio)) if "lmstudio" in search else (),
-        home_models=Path("~/models") if "home" in search else None,
-        system=tuple(map(Path, jupyter_path("shimmy", "models"))) if "system" in search else (),
-        username=next(filter(None, map(environment.get, _USERS)), ""),
-    )
-
-
-_USERS = ("JUPYTERHUB_USER", "USER", "LOGNAME")
-_OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
-
-
-def _ollama(environment: Mapping[str, str]) -> Path:
-    """Of the user's own, else of the service that its installer sets up."""
-    own = Path(environment.get("OLLAMA_MODELS") or "~/.ollama/models")
-    if "OLLAMA_MODELS" in environment:
-        return own
-    with contextlib.suppress(OSError, RuntimeError):
-        if own.expanduser().is_dir():
-            return own
-    return _OLLAMA_SERVICE
-
-
-def load_config() -> Config:
-    """Jupyter's configuration files for a server with this extension, merged in the same order: by
-    name first, and within a name the user's over the system's. Not from the working directory,
-    which a server reads too: a kernel's is wherever the notebook came from.
-    """
-    merged = Config()
-    for name in ("jupyter_config", "jupyter_server_config", "jupyter_shimmy_jupyter_config"):
-        for folder in reversed(jupyter_config_path()):
-            for loader, suffix in ((PyFileConfigLoader, "py"), (JSONFileConfigLoader, "json")):
-                with contextlib.suppress(ConfigFileNotFound):
-                    merged.merge(loader(f"{name}.{suffix}", path=folder).load_config())
-    return merged
-
-
-@dataclass(frozen=True, slots=True)
-class KernelEnvironment:
-    """How a kernel's environment says which server it belongs to, and in which profile names of a lock
-    are resolved. `token` is never shown.
-    """
-
-    server_url: str | None
-    token: str | None
-    server_pid: int | None
-    profile: str | None = None
-    """Of a `shimmy.lock`."""
-
-
-def kernel_environment(environment: Mapping[str, str] = os.environ) -> KernelEnvironment:
-    pid = environment.get("JPY_PARENT_PID", "")
-    return KernelEnvironment(
-        server_url=environment.get("SHIMMY_SERVER_URL"),
-        token=environment.get("SHIMMY_KERNEL_TOKEN"),
-        server_pid=int(pid) if pid.isdigit() else None,
-        profile=environment.get("SHIMMY_PROFILE") or None,
-    )
-
-
-def home() -> Path | None:
-    """The user's home folder; None where nothing says which it is."""
-    with contextlib.suppress(RuntimeError):
-        return Path.home()
-    return None
+CONFIGURABLES: tuple[type[Configurable], ...] = (
+    ShimmyEngine,
+    ShimmyModels,
+    ShimmyLimits,
+    ShimmyPolicy,
+    ShimmyAudit,
+)

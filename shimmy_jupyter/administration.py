@@ -1,0 +1,41 @@
+"""Work on models, past the guard: whether somebody may, on record before it is begun."""
+
+from __future__ import annotations
+
+from .guard.asked import Asked
+from .guard.guard import Guard
+from .models.jobs import Job
+from .models.library import ModelLibrary
+
+
+class Administration:
+    """As `ModelLibrary`, for whom the policy allows it. Everything raises `AccessDenied`, too, and
+    `AuditUnavailable` where acts have to be recorded and cannot.
+    """
+
+    def __init__(self, library: ModelLibrary, guard: Guard) -> None:
+        self._library, self._guard = library, guard
+
+    async def load(self, id: str, asked: Asked) -> Job:
+        return await self._done("load", id, asked)
+
+    async def unload(self, id: str, asked: Asked) -> Job:
+        return await self._done("unload", id, asked)
+
+    async def probe(self, id: str, asked: Asked) -> Job:
+        return await self._done("probe", id, asked)
+
+    async def verify(self, id: str, asked: Asked) -> Job:
+        return await self._done("verify", id, asked)
+
+    async def _done(self, action: str, id: str, asked: Asked) -> Job:
+        await self._library.pool.catalog.find(id)
+        await self._guard.act(asked, action, id)
+        job: Job = await getattr(self._library, action)(id, asked.principal)
+        return job
+
+    async def pull(self, reference: str, asked: Asked, sha256: str | None = None) -> Job:
+        shown = self._library.wanted(reference)
+        detail = {"sha256": sha256} if sha256 is not None else None
+        await self._guard.act(asked, "pull", shown, detail)
+        return await self._library.pull(reference, asked.principal, sha256)

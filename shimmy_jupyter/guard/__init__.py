@@ -1,0 +1,1 @@
+"""What stands before every request: who may, how much, and the record of it."""
