@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ Resolver = Callable[[str, int], Sequence[str]]
 _MOST_REDIRECTS = 5
 _MOST_ADDRESSES = 4
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_DOCUMENT_SECONDS = 20.0
+_WITHIN = frozenset({"private", "loopback", "a carrier's private network"})
 _TOKEN = re.compile(r"[!-~]{1,4096}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _SECONDS = re.compile(r"[0-9]{1,6}")
@@ -146,13 +150,17 @@ class Answer:
                 return
             yield chunk
 
-    def read(self, limit: int) -> bytes:
-        """The whole body. Raises `FetchRefused` once it is longer than `limit` bytes."""
+    def read(self, limit: int, until: float = math.inf) -> bytes:
+        """The whole body. Raises `FetchRefused` once it is longer than `limit` bytes, `FetchFailed`
+        if it is not there by `until`, of the monotonic clock.
+        """
         body = bytearray()
         for chunk in self.chunks():
             body += chunk
             if len(body) > limit:
                 raise FetchRefused(f"{self.target.host} answered more than {in_words(limit)}")
+            if time.monotonic() > until:
+                raise FetchFailed(f"{self.target.host} sends too slowly")
         return bytes(body)
 
 
@@ -301,6 +309,49 @@ class Web:
             if reason := self._refused(address):
                 raise FetchRefused(f"{target.host} resolves to an address that is {reason}")
         return addresses[:_MOST_ADDRESSES]
+
+
+def named_target(url: str) -> Target:
+    """Where an administrator's own setting points: any host that a URL can name. Raises
+    `FetchRefused` for what is no https URL to a name.
+    """
+    authority = re.split("[/?#]", url.partition("://")[2], maxsplit=1)[0]
+    return check_url(url, (authority,))
+
+
+def _within(address: str) -> str | None:
+    reason = refusal(address)
+    return None if reason in _WITHIN else reason
+
+
+def fetch_document(
+    url: str,
+    limit: int,
+    *,
+    resolver: Resolver = system_resolver,
+    verify: ssl.SSLContext | None = None,
+    seconds: float = _DOCUMENT_SECONDS,
+) -> bytes:
+    """A small document that an administrator has named, and no user can: so its host may have a
+    private address. Blocks, for about `seconds` at most once the connection stands.
+
+    Redirects are followed within the URL's own origin only. Raises `FetchRefused`, also for more
+    than `limit` bytes, and `FetchFailed`.
+    """
+    target = named_target(url)
+    web = Web(
+        (target.authority,),
+        resolver=resolver,
+        timeouts=Timeouts(read=seconds / 2),
+        verify=verify,
+        refused=_within,
+    )
+    over = time.monotonic() + seconds
+    with web.request("GET", url) as answer:
+        if answer.status != httpx.codes.OK:
+            raise FetchFailed(f"{target.host} answered {answer.status}")
+        answer.refuse_encoding()
+        return answer.read(limit, until=over)
 
 
 def _explained(target: Target, error: BaseException) -> FetchFailed:

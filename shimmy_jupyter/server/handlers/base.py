@@ -30,6 +30,7 @@ from ...guard.asked import Asked
 from ...guard.visit import Visit
 from ...service import CompletionService
 from ...types import Principal
+from ..identity import principal_of
 
 _BY_STATUS: dict[int, tuple[type[ShimmyError], str]] = {
     400: (InvalidValue, "the request could not be read"),
@@ -55,14 +56,12 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
 
     @property
     def principal(self) -> Principal:
-        """Who Jupyter says this is. Stock token authentication invents a name for every request,
-        so without a hub's user everybody is the one who owns the server.
-        """
-        hub_user = getattr(self.current_user, "hub_user", None)
-        if not isinstance(hub_user, dict):
-            return Principal("local")
-        groups = tuple(str(group) for group in hub_user.get("groups") or ())
-        return Principal(str(hub_user["name"]), groups, bool(hub_user.get("admin")), "hub")
+        """Who Jupyter says this is. Raises `AccessDenied` for nobody, and for unusable names."""
+        return principal_of(
+            self.current_user,
+            self.identity_provider,
+            token_authenticated=getattr(self, "_token_authenticated", False),
+        )
 
     def asked(self, route: str) -> Asked:
         """Who asks, and from where. What the client says of itself is for the record only."""
