@@ -8,11 +8,11 @@ LLAMA_WHEEL ?=
 BENCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: help demo lab test lint types unit component model mutants fuzz notebooks bench bench-quick report soak clean
+.PHONY: help demo lab test lint types unit component model mutants mutants-guards fuzz notebooks bench bench-quick report soak clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or newer is needed; $(PYTHON) is {v[0]}.{v[1]}. Try make PYTHON=python3.12" if v < (3, 11) else 0)'
@@ -86,6 +86,9 @@ model: $(VENV)/.test $(VENV)/.source $(VENV)/.minilm ## The real engine, real se
 
 mutants: $(VENV)/.test $(VENV)/.minilm ## 5,000 mutated model files: each refused with a reason, or it answers
 	GGUF_MUTANTS=5000 $(BIN)/python -m pytest -s tests/model/test_gguf_engine.py
+
+mutants-guards: $(VENV)/.test ## Each guard taken away by itself: a test must fail
+	$(BIN)/python scripts/guard_mutants.py --jobs $(or $(JOBS),1)
 
 fuzz: $(VENV)/.test ## An hour of damaged headers for the reader of model files
 	$(BIN)/python scripts/fuzz_gguf.py --seconds 3600
