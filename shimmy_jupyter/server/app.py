@@ -62,8 +62,8 @@ class ShimmyApp(AppTraits, ExtensionApp):
         return self.service.active if self.service is not None else 0
 
     async def stop_extension(self) -> None:
-        assert self.serverapp is not None
-        if self.serverapp.web_app.settings.pop("shimmy_kernel_secret", None):
+        web_app = getattr(self.serverapp, "web_app", None)  # there is none where it could not start
+        if web_app is not None and web_app.settings.pop("shimmy_kernel_secret", None):
             os.environ.pop("SHIMMY_KERNEL_TOKEN", None)
         if self.service is not None:
             await self.service.close()

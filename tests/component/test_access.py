@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from jupyter_server.auth import Authorizer, User
+from jupyter_server.auth import Authorizer
 from jupyter_server.auth.decorator import allow_unauthenticated, authorized
 from tornado import web
 from tornado.httpclient import HTTPClientError
@@ -693,20 +693,3 @@ class TestMisconfigured:
         (app,) = jp_serverapp.extension_manager.extension_apps["shimmy_jupyter"]
         assert app.current_activity() == 0
         await app.stop_extension()
-
-
-class TestPrincipal:
-    def principal(self, user: Any) -> Any:
-        handler = ShimmyHandler.__new__(ShimmyHandler)
-        handler._current_user = user
-        return handler.principal
-
-    def test_random_token_user_is_local(self) -> None:
-        assert self.principal(User(username="3f1c9d")).name == "local"
-
-    def test_hub_user(self) -> None:
-        user = User(username="ada")
-        user.hub_user = {"name": "ada", "groups": ["staff"], "admin": True}  # type: ignore[attr-defined]
-        principal = self.principal(user)
-        assert (principal.name, principal.groups, principal.admin) == ("ada", ("staff",), True)
-        assert principal.kind == "hub"

@@ -30,7 +30,7 @@ from ...guard.asked import Asked
 from ...guard.visit import Visit
 from ...service import CompletionService
 from ...types import Principal
-from ..identity import principal_of
+from ..identity import LOCAL, principal_of
 
 _BY_STATUS: dict[int, tuple[type[ShimmyError], str]] = {
     400: (InvalidValue, "the request could not be read"),
@@ -47,6 +47,9 @@ _FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-Ip")
 class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
     """Errors are raised as `ShimmyError` and written in the one JSON shape."""
 
+    _is_kernel = False
+    """Whether it came in by the secret that this server has given its kernels."""
+
     @property
     def service(self) -> CompletionService:
         service: CompletionService | Misconfigured = self.settings["shimmy_service"]
@@ -57,11 +60,15 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
     @property
     def principal(self) -> Principal:
         """Who Jupyter says this is. Raises `AccessDenied` for nobody, and for unusable names."""
-        return principal_of(
-            self.current_user,
-            self.identity_provider,
-            token_authenticated=getattr(self, "_token_authenticated", False),
-        )
+        if self._is_kernel:
+            found = LOCAL
+        else:
+            found = principal_of(
+                self.current_user,
+                self.identity_provider,
+                token_authenticated=getattr(self, "_token_authenticated", False),
+            )
+        return self.service.guard.rules.known(found)
 
     def asked(self, route: str) -> Asked:
         """Who asks, and from where. What the client says of itself is for the record only."""
@@ -109,6 +116,7 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
         if hmac.compare_digest(given.encode(), secret.encode()):
             self.current_user = self._jupyter_current_user = User(username="kernel")
             self._token_authenticated = True
+            self._is_kernel = True
 
     def _from_this_machine(self) -> bool:
         if any(name in self.request.headers for name in _FORWARDED):
