@@ -1,0 +1,46 @@
+"""Values of an address's query."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from ...errors import InvalidValue
+
+_LARGEST = 2**53
+
+
+def number(name: str, text: str | None) -> int | None:
+    """Raises `InvalidValue`."""
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 17 and int(text) <= _LARGEST):
+        raise InvalidValue("a whole number, 0 or more", param=name)
+    return int(text)
+
+
+def moment(name: str, text: str | None) -> float | None:
+    """Seconds since 1970, of a number of them or of a date; one without a zone is in UTC. Raises
+    `InvalidValue`.
+    """
+    if text is None:
+        return None
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        found = None
+    if found is not None:
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    try:
+        seconds = float(text)
+        datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):
+        raise InvalidValue("a date such as 2026-11-21, or seconds since 1970", param=name) from None
+    return seconds
+
+
+def month(now: float) -> float:
+    """When this month began, in UTC."""
+    first = datetime.fromtimestamp(now, UTC).replace(
+        day=1, hour=0, minute=0, second=0, microsecond=0
+    )
+    return first.timestamp()
