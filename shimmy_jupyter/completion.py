@@ -65,6 +65,8 @@ class Completion:
         self.streams = streams
         self.echo = echo
         self._bell = bell or asyncio.Event()
+        if visit is not None and streams:
+            visit.waits(self._place)
 
     async def read(self) -> list[Delta]:
         """All that has arrived since the last call, waiting for some; empty at the end.
@@ -120,6 +122,10 @@ class Completion:
         for stream in self.streams:
             stream.ask()
         return self.streams[0].progress if self.streams else None
+
+    def _place(self) -> int | None:
+        progress = self.waiting()
+        return None if progress is None or progress.admitted else progress.position
 
     async def __aiter__(self) -> AsyncIterator[str]:
         """The first choice's text, without reasoning."""

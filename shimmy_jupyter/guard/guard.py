@@ -92,6 +92,8 @@ class Guard:
         self.watchers: list[Watcher] = []
         self.turns: dict[str, asyncio.Event] = {}
         """Of requests that wait for their turn, by id; set when it has come."""
+        self.waiting: dict[str, tuple[str, Callable[[], int | None]]] = {}
+        """Of open requests, by id: whose it is, and what says how many go before it."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._own: dict[str, Limits] = {}
         self._pruned = -_PRUNE_EVERY
@@ -160,6 +162,17 @@ class Guard:
                 # Of one request: there is nothing to use up.
                 rows[name] = {"limit": limit, "used": None, "remaining": None, "resets_at": None}
         return rows
+
+    def queue_position(self, principal: Principal) -> int | None:
+        """How many go before the first of theirs that waits, as far as that has been heard; None where
+        none waits.
+        """
+        places = [
+            place
+            for name, ask in self.waiting.values()
+            if name == principal.name and (place := ask()) is not None
+        ]
+        return min(places, default=None)
 
     # Records
 

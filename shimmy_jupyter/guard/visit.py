@@ -144,13 +144,14 @@ class Visit:
     async def _turn(self, waiting: Waiting) -> None:
         guard, id = self._guard, self.asked.request_id
         turn = guard.turns[id] = asyncio.Event()
+        self.waits(lambda: guard.crowd.position(id))
         try:
             while not turn.is_set():
                 waiting(guard.crowd.position(id))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(turn.wait(), 1.0)
         finally:
-            del guard.turns[id]
+            del guard.turns[id], guard.waiting[id]
 
     def _begin(self) -> None:
         guard = self._guard
@@ -191,8 +192,13 @@ class Visit:
             await asyncio.shield(self._beginning)
         return granted
 
+    def waits(self, place: Callable[[], int | None]) -> None:
+        """`place` says how many go before it, None where it does not wait."""
+        self._guard.waiting[self.asked.request_id] = self._principal.name, place
+
     def first_token(self) -> None:
         """It no longer waits."""
+        self._guard.waiting.pop(self.asked.request_id, None)
         if self._present:
             self._guard.crowd.first_token(self.asked.request_id)
 
@@ -242,6 +248,7 @@ class Visit:
             return self.receipt
         self.ended = True
         guard, id = self._guard, self.asked.request_id
+        guard.waiting.pop(id, None)
         if self._present:
             guard.may_go(guard.crowd.leave(id))
         settling = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
 from typing import Any, ClassVar
@@ -14,6 +15,19 @@ from ..config import CONFIGURABLES, AppTraits, Settings, load_system_config, set
 from ..errors import Misconfigured
 from ..service import CompletionService
 from .handlers import ROUTES
+
+
+def listens_beyond(server: Any) -> str | None:
+    """Where a server listens besides this machine's own addresses, or None. A name other than localhost
+    may mean any address.
+    """
+    if server.sock or server.ip == "localhost":
+        return None
+    try:
+        loopback = ipaddress.ip_address(server.ip).is_loopback
+    except ValueError:
+        loopback = False
+    return None if loopback else server.ip or "all addresses"
 
 
 class ShimmyApp(AppTraits, ExtensionApp):
@@ -35,8 +49,17 @@ class ShimmyApp(AppTraits, ExtensionApp):
             self.settings["shimmy_service"] = Misconfigured(str(error))
             chosen = Settings()
         else:
-            self.service = build_service(chosen)
-            self.settings["shimmy_service"] = self.service
+            where = listens_beyond(self.serverapp)
+            if chosen.bind_localhost_only and where is not None:
+                said = (
+                    f"this server listens on {where}, and ShimmyApp.bind_localhost_only is set; "
+                    "start it with --ServerApp.ip=localhost, or unset that"
+                )
+                self.log.error("shimmy_jupyter does not answer: %s", said)
+                self.settings["shimmy_service"] = Misconfigured(said)
+            else:
+                self.service = build_service(chosen)
+                self.settings["shimmy_service"] = self.service
         self.settings["shimmy_max_request_bytes"] = chosen.max_request_bytes
 
     def initialize_handlers(self) -> None:

@@ -693,3 +693,29 @@ class TestMisconfigured:
         (app,) = jp_serverapp.extension_manager.extension_apps["shimmy_jupyter"]
         assert app.current_activity() == 0
         await app.stop_extension()
+
+
+class TestLocalhostOnly:
+    """`ShimmyApp.bind_localhost_only`."""
+
+    @pytest.fixture(params=["127.0.0.1", "127.8.8.8", "::1", "localhost", "0.0.0.0", "", "*", "::",
+                            "10.0.0.5", "lab.example.org", "localhost.example.org"])  # fmt: skip
+    def ip(self, request: Any) -> str:
+        return str(request.param)
+
+    @pytest.fixture
+    def jp_server_config(self, jp_server_config: dict[str, Any], ip: str) -> dict[str, Any]:
+        jp_server_config["ServerApp"] |= {"ip": ip, "allow_remote_access": True}
+        return {**jp_server_config, "ShimmyApp": {"bind_localhost_only": True}}
+
+    async def test_refuses_where_the_server_listens_elsewhere(
+        self, jp_serverapp: Any, http_server_client: Any, jp_base_url: str, ip: str
+    ) -> None:
+        sweep = Sweep(http_server_client, jp_base_url)
+        got = await sweep.ask(("shimmy/v1/models", "GET"), token_header(jp_serverapp))
+        if ip in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+            assert got.status == 200
+            return
+        assert (got.status, got.code) == (503, "misconfigured")
+        assert b"bind_localhost_only" in got.body
+        assert (ip.strip("*").encode() or b"all addresses") in got.body

@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import re
 import socket
+import threading
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from jupyter_server.auth import IdentityProvider, User
+from jupyter_server.auth import Authorizer, IdentityProvider, User
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -30,6 +31,7 @@ import shimmy_jupyter
 from shimmy_jupyter.cli import main
 from shimmy_jupyter.config import CONFIGURABLES
 from shimmy_jupyter.engine.fake import FakeBackend
+from shimmy_jupyter.models.jobs import Progress
 from shimmy_jupyter.notebook.magics import ShimmyMagics
 from shimmy_jupyter.server import embeddings, model_requests, requests, token_requests
 from shimmy_jupyter.server.app import ShimmyApp
@@ -442,6 +444,90 @@ async def test_a_token_that_was_replaced_opens_nothing(sweep: Sweep, server: Any
     server.identity_provider.token = "another-token"
     assert await sweep.not_refused(old) == {}
     assert (await sweep.ask(("shimmy/health", "GET"), token_header(server))).status == 200
+
+
+class Fickle(Authorizer):  # type: ignore[misc]
+    """Allows, until it does not."""
+
+    allows = True
+
+    def is_authorized(self, handler: Any, user: Any, action: str, resource: str) -> bool:
+        return self.allows
+
+
+@no_engine
+class TestRevoked:
+    """Open WebUI CVE-2026-44553: what is open ends."""
+
+    @pytest.fixture
+    def authorizer_class(self, monkeypatch: Any) -> type[Authorizer]:
+        monkeypatch.setattr(Fickle, "allows", True)
+        monkeypatch.setattr("shimmy_jupyter.server.handlers.base.LOOK_AGAIN_SECONDS", 0.0)
+        return Fickle
+
+    @pytest.fixture(params=["token", "authorizer"])
+    def revoke(self, request: Any, server: Any, monkeypatch: Any) -> Any:
+        if request.param == "authorizer":
+            return lambda: monkeypatch.setattr(Fickle, "allows", False)
+        return lambda: setattr(server.identity_provider, "token", "another-token")
+
+    @pytest.fixture
+    def events(self, server: Any, http_server_client: Any, jp_base_url: str) -> Any:
+        """Ask for server-sent events, do something when the first have come: all of them."""
+
+        async def events(path: str, then: Any, **request: Any) -> list[dict[str, Any]]:
+            parts: list[bytes] = []
+
+            def heard(data: bytes) -> None:
+                if not parts:
+                    then()
+                parts.append(data)
+
+            headers = {**token_header(server), "Accept": "text/event-stream"}
+            await http_server_client.fetch(
+                jp_base_url + path, headers=headers, streaming_callback=heard, **request
+            )
+            blocks = b"".join(parts).decode().split("\n\n")
+            return [json.loads(block[6:]) for block in blocks if block.startswith("data: {")]
+
+        return events
+
+    async def test_an_answer(self, server: Any, fakes: Fakes, events: Any, revoke: Any) -> None:
+        gate = threading.Semaphore(0)
+        fakes.make = lambda: FakeBackend(lambda _: ["word "] * 60, gate=gate)
+
+        def then() -> None:
+            revoke()
+            gate.release(1000)
+
+        gate.release(3)
+        body = chat(stream=True, max_tokens=60)
+        said = await events("shimmy/v1/chat/completions", then, method="POST", body=body)
+        assert said[-1]["error"]["code"] == "policy_denied"
+        assert sum("word" in str(event) for event in said) < 10
+        while fakes.models[0].active:
+            await asyncio.sleep(0)
+
+    async def test_the_events_of_a_job(self, server: Any, events: Any, revoke: Any) -> None:
+        jobs = server.web_app.settings["shimmy_service"].library.jobs
+        go_on = asyncio.Event()
+
+        async def work(report: Any) -> None:
+            await go_on.wait()
+            report(Progress("downloading"))
+            await asyncio.Event().wait()
+
+        def then() -> None:
+            revoke()
+            go_on.set()
+
+        job = jobs.start("pull", "org/name", Principal("local"), work)
+        said = await events(f"shimmy/api/jobs/{job.id}", then)
+        assert [event.get("state") for event in said] == ["running", None]
+        assert said[-1]["error"]["code"] == "policy_denied"
+        assert job.state == "running"  # not what ends it
+        jobs.cancel(job.id, Principal("local"))
+        await job.wait()
 
 
 # diskcache CVE-2025-69872.

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from .audit import (
+    AuditExportHandler,
+    AuditHandler,
+    AuditReceiptHandler,
+    AuditUsageHandler,
+    AuditVerifyHandler,
+)
 from .base import UnknownRouteHandler
 from .completions import ChatCompletionsHandler, CompletionsHandler
 from .embeddings import EmbeddingsHandler, RerankHandler
@@ -21,6 +28,7 @@ from .library import (
     UnloadHandler,
     VerifyHandler,
 )
+from .limits import LimitsHandler
 from .models import ModelHandler, ModelsHandler
 from .tokens import ApplyTemplateHandler, DetokenizeHandler, TokenizeHandler
 
@@ -45,6 +53,12 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"shimmy/api/suggestions", SuggestionsHandler),
     (r"shimmy/api/jobs", JobsHandler),
     (r"shimmy/api/jobs/([^/]+)", JobHandler),
+    (r"shimmy/api/limits", LimitsHandler),
+    (r"shimmy/api/audit", AuditHandler),
+    (r"shimmy/api/audit/export", AuditExportHandler),
+    (r"shimmy/api/audit/usage", AuditUsageHandler),
+    (r"shimmy/api/audit/verify", AuditVerifyHandler),
+    (r"shimmy/api/audit/receipts/([^/]+)", AuditReceiptHandler),
     (r"shimmy/health", HealthHandler),
     (r"shimmy(?:/.*)?", UnknownRouteHandler),
 ]

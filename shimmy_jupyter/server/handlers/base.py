@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import json
 import math
+import time
 import uuid
 from typing import Any
 
@@ -13,6 +14,7 @@ from jupyter_server.auth import User
 from jupyter_server.auth.decorator import authorized
 from jupyter_server.base.handlers import APIHandler
 from jupyter_server.extension.handler import ExtensionHandlerMixin
+from jupyter_server.utils import ensure_async
 from tornado import web
 
 from ...errors import (
@@ -41,6 +43,8 @@ _BY_STATUS: dict[int, tuple[type[ShimmyError], str]] = {
 }
 
 
+LOOK_AGAIN_SECONDS = 5.0
+"""How long a stream may go on after whoever asked for it has lost the right to."""
 _FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-Ip")
 
 
@@ -99,6 +103,7 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
             self.set_header(name, value)
 
     async def prepare(self) -> None:  # type: ignore[override]
+        self._look_again = time.monotonic() + LOOK_AGAIN_SECONDS
         self._accept_kernel_secret()
         await super().prepare()
         # The decorators say so too; this also covers methods that no handler has.
@@ -117,6 +122,27 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
             self.current_user = self._jupyter_current_user = User(username="kernel")
             self._token_authenticated = True
             self._is_kernel = True
+
+    async def still_allowed(self, action: str, resource: str) -> None:
+        """For what is sent piece by piece: who asked may have signed out, been removed or been denied
+        since. Looks every `LOOK_AGAIN_SECONDS`. Raises `AccessDenied`.
+        """
+        now = time.monotonic()
+        if now < self._look_again:
+            return
+        self._look_again = now + LOOK_AGAIN_SECONDS
+        before = self.principal.name
+        self._jupyter_current_user = None  # else the provider says what it said before
+        self._accept_kernel_secret()
+        user = await ensure_async(self.identity_provider.get_user(self))
+        if user is not None:
+            self.current_user = self._jupyter_current_user = user
+            allowed = await ensure_async(
+                self.authorizer.is_authorized(self, user, action, resource)
+            )
+            if allowed and self.principal.name == before:
+                return
+        raise AccessDenied("not allowed any more: the answer ends here")
 
     def _from_this_machine(self) -> bool:
         if any(name in self.request.headers for name in _FORWARDED):

@@ -91,6 +91,7 @@ class _GeneratingHandler(BodyHandler):
         starting.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             async for comment in writer.loading(starting, lambda: heard.progress):
+                await self.still_allowed("execute", "shimmy_jupyter:generate")
                 await self._send(comment)
             completion = starting.result()
             await self.tell_limits(visit)
@@ -102,8 +103,7 @@ class _GeneratingHandler(BodyHandler):
             async with completion:
                 self._completion = completion
                 if not self._gone:
-                    async for data in writer.events(completion, told=self._headers_written):
-                        await self._send(data)
+                    await self._answer(writer, completion)
         finally:
             # Where the client went away before it began.
             starting.cancel()
@@ -111,6 +111,17 @@ class _GeneratingHandler(BodyHandler):
                 await starting.result().finish(Cancelled("the client disconnected"))
         if not self._gone:
             await self.finish(set_content_type="text/event-stream")
+
+    async def _answer(self, writer: answers.EventWriter, completion: Completion) -> None:
+        async for data in writer.events(completion, told=self._headers_written):
+            try:
+                await self.still_allowed("execute", "shimmy_jupyter:generate")
+            except ShimmyError as error:
+                if not self._headers_written:
+                    raise
+                await self._send(writer.failed(error))
+                return
+            await self._send(data)
 
     async def _send(self, data: bytes) -> None:
         connection = self.request.connection

@@ -10,6 +10,7 @@ from jupyter_server.auth.decorator import authorized
 from tornado import web
 from tornado.iostream import StreamClosedError
 
+from ...errors import AccessDenied
 from ...models.jobs import Job
 from ...models.library import ModelLibrary
 from .. import answers
@@ -140,10 +141,13 @@ class JobHandler(ShimmyHandler):
         self.set_header("X-Accel-Buffering", "no")
         try:
             async for look in job.looks():
+                await self.still_allowed("read", "shimmy_jupyter:models")
                 self.write(answers.event(look))
                 await self.flush()
         except StreamClosedError:
             return
+        except AccessDenied as error:
+            self.write(answers.event(error.to_json(self.request_id)))
         await self.finish(set_content_type="text/event-stream")
 
     @web.authenticated
