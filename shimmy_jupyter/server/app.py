@@ -14,6 +14,7 @@ from ..config import CONFIGURABLES, AppTraits, Settings, settings
 from ..errors import Misconfigured
 from ..service import CompletionService
 from .handlers import ROUTES
+from .redact import keep_secrets
 
 
 class ShimmyApp(AppTraits, ExtensionApp):
@@ -27,6 +28,7 @@ class ShimmyApp(AppTraits, ExtensionApp):
     service: CompletionService | None = None
 
     def initialize_settings(self) -> None:
+        keep_secrets(self.log.name)
         try:
             chosen = settings(self.config)
         except TraitError as error:

@@ -22,6 +22,7 @@ from .library import (
     VerifyHandler,
 )
 from .models import ModelHandler, ModelsHandler
+from .openapi import OpenApiHandler
 from .tokens import ApplyTemplateHandler, DetokenizeHandler, TokenizeHandler
 
 ROUTES: list[tuple[str, type[Any]]] = [
@@ -45,6 +46,7 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"shimmy/api/suggestions", SuggestionsHandler),
     (r"shimmy/api/jobs", JobsHandler),
     (r"shimmy/api/jobs/([^/]+)", JobHandler),
+    (r"shimmy/api/openapi.json", OpenApiHandler),
     (r"shimmy/health", HealthHandler),
     (r"shimmy(?:/.*)?", UnknownRouteHandler),
 ]

@@ -15,12 +15,15 @@ from ...models.library import ModelLibrary
 from .. import answers
 from .base import ShimmyHandler
 from .body import BodyHandler
+from .models import model_id
 
 if TYPE_CHECKING:  # importing it would load pydantic at the server's start
     from .. import model_requests
 
 
 class _LibraryHandler(BodyHandler):
+    small_body = True
+
     @property
     def library(self) -> ModelLibrary:
         return self.service.library
@@ -54,18 +57,17 @@ class LibraryModelHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:models")
     async def get(self, id: str) -> None:
-        await self.finish((await self.service.library.describe_one(id)).to_json())
+        await self.finish((await self.service.library.describe_one(model_id(id))).to_json())
 
 
 class SuggestionsHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:models")
     async def get(self) -> None:
-        task = self.get_query_argument("task", None)
+        task = self.query("task")
         await self.finish(await self.service.library.suggestions(task))
 
 
-@web.stream_request_body
 class DiscoverHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
@@ -74,7 +76,6 @@ class DiscoverHandler(_LibraryHandler):
         await self.finish(await answers.library(self.library, await self.library.discover()))
 
 
-@web.stream_request_body
 class PullHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
@@ -83,40 +84,36 @@ class PullHandler(_LibraryHandler):
         await self.accepted(await self.library.pull(asked.model, self.principal, asked.sha256))
 
 
-@web.stream_request_body
 class LoadHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
     async def post(self, id: str) -> None:
         await self.parsed("parse_empty")
-        await self.accepted(await self.library.load(id, self.principal))
+        await self.accepted(await self.library.load(model_id(id), self.principal))
 
 
-@web.stream_request_body
 class UnloadHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
     async def post(self, id: str) -> None:
         await self.parsed("parse_empty")
-        await self.accepted(await self.library.unload(id, self.principal))
+        await self.accepted(await self.library.unload(model_id(id), self.principal))
 
 
-@web.stream_request_body
 class ProbeHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
     async def post(self, id: str) -> None:
         await self.parsed("parse_empty")
-        await self.accepted(await self.library.probe(id, self.principal))
+        await self.accepted(await self.library.probe(model_id(id), self.principal))
 
 
-@web.stream_request_body
 class VerifyHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
     async def post(self, id: str) -> None:
         await self.parsed("parse_empty")
-        await self.accepted(await self.library.verify(id, self.principal))
+        await self.accepted(await self.library.verify(model_id(id), self.principal))
 
 
 class JobsHandler(ShimmyHandler):
