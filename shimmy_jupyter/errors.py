@@ -77,7 +77,9 @@ class ShimmyError(Exception):
     def _render_traceback_(self) -> list[str]:
         """IPython shows this instead of a traceback through our own frames."""
         where = f" (field {self.param!r})" if self.param else ""
-        return [f"{type(self).__name__}: {self.message}{where} [{self.code}]"]
+        said = f"{type(self).__name__}: {self.message}{where} [{self.code}]"
+        # A message can quote a file or a server: nothing in it moves a cursor or turns the text.
+        return ["".join(c if c.isprintable() or c == "\n" else " " for c in said)]
 
 
 class RequestError(ShimmyError):

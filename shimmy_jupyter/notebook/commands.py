@@ -14,7 +14,7 @@ from IPython.display import display, update_display
 from ..errors import from_code
 from ..types import amount
 from .client import Transport
-from .display import clean, inert
+from .display import inert, one_line
 
 _PULL = re.compile(r"pull\s+(\S+)(?:\s+--sha256[=\s]([0-9a-fA-F]{64}))?")
 _SUGGEST = re.compile(r"models\s+--suggest(?:\s+--task[=\s]([a-z]+))?")
@@ -57,7 +57,7 @@ def follow(
         transport.delete(path)
         raise
     if (error := look["error"]) is not None:
-        raise from_code(error["code"], error["message"], param=error["param"])
+        raise from_code(error["code"], one_line(error["message"]), param=error["param"])
     found: dict[str, Any] = look["result"]
     return found
 
@@ -100,12 +100,12 @@ def _models(transport: Transport, show: Show) -> None:
                 "*" if model["id"] == found["default"] else "",
                 model["id"],
                 amount(model["size_bytes"]),
-                clean(model["quantization"] or model["kind"]),
+                model["quantization"] or model["kind"],
                 f"{model['context']:,}" if model["context"] else "",
-                clean(model["error"]) if model["error"] else state,
+                model["error"] or state,
             )
         )
-    show(_plain(rows), _table(rows))
+    _show_rows(rows, show)
 
 
 def _suggest(transport: Transport, show: Show, task: str | None) -> None:
@@ -124,9 +124,9 @@ def _suggest(transport: Transport, show: Show, task: str | None) -> None:
         )
         for one in found["suggestions"]
     ]
-    show(_plain(rows), _table(rows))
+    _show_rows(rows, show)
     if found["first"] is not None:
-        print(f"Next: %shimmy pull {found['first']}")
+        print(f"Next: %shimmy pull {one_line(found['first'])}")
 
 
 def _pull(transport: Transport, show: Show, model: str, digest: str | None) -> None:
@@ -134,7 +134,8 @@ def _pull(transport: Transport, show: Show, model: str, digest: str | None) -> N
     job = transport.post("shimmy/api/models/pull", body)["job"]
 
     def say(text: str) -> None:
-        show(text, f"<p>{inert(text)}</p>")
+        shown = one_line(text)
+        show(shown, f"<p>{inert(shown)}</p>")
 
     try:
         found = follow(transport, job, lambda look: say(_progress(look)))
@@ -143,14 +144,20 @@ def _pull(transport: Transport, show: Show, model: str, digest: str | None) -> N
         raise
     was = "downloaded" if found["new"] else "was here already"
     names = ", ".join(found["ids"] or found["files"])
-    say(clean(" · ".join([f"{names} {was}: {amount(found['size_bytes'])}", *found["notes"]])))
+    say(" · ".join([f"{names} {was}: {amount(found['size_bytes'])}", *found["notes"]]))
 
 
 def _progress(look: dict[str, Any]) -> str:
     done, total = look["done"], look["total"]
     if not total:
-        return clean(str(look["message"]))
-    return clean(f"{look['message']}: {amount(done)} of {amount(total)} ({done * 100 // total}%)")
+        return str(look["message"])
+    return f"{look['message']}: {amount(done)} of {amount(total)} ({done * 100 // total}%)"
+
+
+def _show_rows(rows: Sequence[tuple[str, ...]], show: Show) -> None:
+    """A cell is one line: names and errors come from files."""
+    lines = [tuple(one_line(str(cell)) for cell in row) for row in rows]
+    show(_plain(lines), _table(lines))
 
 
 def _plain(rows: Sequence[tuple[str, ...]]) -> str:

@@ -17,8 +17,9 @@ from markdown_it.token import Token
 
 _SAFE_LINK = re.compile(r"^(https?://|mailto:)", re.IGNORECASE)
 # Everything that moves a terminal's cursor or turns the direction of text, so that what is read is
-# not what is there: C0 and C1 controls but tab and newline, bidirectional marks and isolates.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# not what is there: C0 and C1 controls but tab and newline, bidirectional marks and isolates, line
+# and paragraph separators.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f]")
 # Some renderers put what follows a code fence into an attribute as it stands.
 _FENCE_LINE = re.compile(r"^.*(?:`{3}|~{3}).*$", re.MULTILINE)
 # TeX commands by which a formula could link somewhere or style the page.
@@ -36,6 +37,11 @@ def clean(text: str) -> str:
 
 def _shown(text: str) -> str:
     return html.escape(_inert_tex(text))
+
+
+def one_line(text: str) -> str:
+    """The text in one line, for a place that others' lines stand around."""
+    return " ".join(clean(text).split())
 
 
 def inert(text: str) -> str:
@@ -75,7 +81,8 @@ def _text(self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, en
 
 def to_html(markdown: str) -> str:
     """Markdown from a model as inert HTML."""
-    return str(_markdown().render(clean(markdown)))
+    # Once more: an entity such as `&#x202e;` becomes its character on the way.
+    return clean(str(_markdown().render(clean(markdown))))
 
 
 def to_inert_markdown(markdown: str) -> str:
@@ -102,7 +109,7 @@ class Answer:
         """Every representation, as IPython's display wants them."""
         body = to_html(self.text)
         note, plain = clean(self.note), clean(self.text)
-        small = note and f'<p><small style="opacity:0.7">{html.escape(note)}</small></p>'
+        small = note and f'<p><small style="opacity:0.7">{_shown(note)}</small></p>'
         if self.reasoning:
             unfolded = "" if self.text else " open"
             thought = to_html(self.reasoning)

@@ -15,6 +15,7 @@ from ..config import CONFIGURABLES, AppTraits, Settings, load_system_config, set
 from ..errors import Misconfigured
 from ..service import CompletionService
 from .handlers import ROUTES
+from .redact import keep_secrets
 
 
 def listens_beyond(server: Any) -> str | None:
@@ -41,6 +42,7 @@ class ShimmyApp(AppTraits, ExtensionApp):
     service: CompletionService | None = None
 
     def initialize_settings(self) -> None:
+        keep_secrets(self.log.name)
         try:
             chosen = settings(self.config, system=load_system_config())
         except TraitError as error:

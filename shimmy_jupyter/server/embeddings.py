@@ -10,20 +10,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from ..engine.model import MOST_INPUT_TOKENS
 from ..errors import InvalidValue
 from ..service import Vectors
 from ..types import EmbeddingInput, EmbeddingRequest, Principal
-from .fields import Body, Name, Text, Tokens, as_prompt, ignored, validated
+from .fields import TOKEN_IDS, Body, Name, Text, Tokens, as_prompt, ignored, validated
 
 MOST_INPUTS = 2048
 
 
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_IDS = {**TOKEN_IDS, "minItems": 1}
+_INPUTS = {
+    "type": "array",
+    "items": {"anyOf": [_TEXT, _IDS]},
+    "minItems": 1,
+    "maxItems": MOST_INPUTS,
+}
+
+
 class _Embeddings(Body):
     model: Name
-    input: Any
+    input: Annotated[Any, WithJsonSchema({"anyOf": [_TEXT, _IDS, _INPUTS]})]
     dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
 

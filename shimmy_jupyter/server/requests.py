@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PlainValidator
+from pydantic import ConfigDict, Field
 
 from ..errors import InvalidValue, UnsupportedParameter
 from ..types import (
@@ -26,7 +26,7 @@ from ..types import (
     Prompt,
     Sampling,
 )
-from .fields import LIMIT, Body, Digest, Name, Text, Tokens, as_prompt, ignored, validated
+from .fields import LIMIT, AnyPrompt, Body, Digest, Name, Text, Tokens, ignored, validated
 
 _MESSAGE_NEUTRAL = ("audio", "function_call", "refusal", "tool_call_id", "tool_calls")
 _MOST_CHOICES = 16
@@ -134,7 +134,7 @@ class _Chat(_Common, Templated):
 
 
 class _Completion(_Common):
-    prompt: Annotated[Any, PlainValidator(as_prompt)]
+    prompt: AnyPrompt
     logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
     suffix: Text | None = None
     echo: bool | None = None

@@ -5,15 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, PlainValidator
+from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from ..errors import InvalidValue
 from ..types import ChatOptions, Message, Prompt
-from .fields import Body, Name, as_prompt, validated
+from .fields import TOKEN_IDS, Body, Name, as_prompt, validated
 from .requests import Templated, Turn, as_message
 
 MAX_TOKENS = 1 << 17
 """The most that are made a text of at once."""
+
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_TOKENS = {**TOKEN_IDS, "maxItems": MAX_TOKENS}
+
+
+def _or_listed(schema: dict[str, Any]) -> WithJsonSchema:
+    """As `as_prompt` takes it: by itself, or as the only one of a list."""
+    listed = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
+    return WithJsonSchema({"anyOf": [schema, listed]})
 
 
 class _Own(Body):
@@ -22,14 +32,14 @@ class _Own(Body):
 
 
 class _Tokenize(Templated, _Own):
-    prompt: Annotated[Any, PlainValidator(as_prompt)] | None = None
+    prompt: Annotated[Any, PlainValidator(as_prompt), _or_listed(_TEXT)] | None = None
     messages: (
         Annotated[list[Turn], Field(min_length=1, max_length=10_000, fail_fast=True)] | None
     ) = None
 
 
 class _Detokenize(_Own):
-    tokens: Annotated[Any, PlainValidator(as_prompt)]
+    tokens: Annotated[Any, PlainValidator(as_prompt), _or_listed(_TOKENS)]
 
 
 class _Template(Templated, _Own):

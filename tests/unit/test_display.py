@@ -1,25 +1,37 @@
 """Model output on the page: shown as what it says, and never as anything that acts.
 
 Cases: HTML in every place Markdown has; images; links by every scheme; references; terminal and
-bidirectional control characters; TeX that links; the fallback Markdown; pacing.
+bidirectional control characters, also as entities; TeX that links; the fallback Markdown; pacing; the same
+in the figures beside an answer, in reasoning, in tables of models and suggestions, in progress, and in errors.
 """
 
 from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shimmy_jupyter.notebook.display import Answer, Pace, clean, to_html, to_inert_markdown
+from shimmy_jupyter.errors import InvalidValue, ModelLoadFailed, ShimmyError
+from shimmy_jupyter.notebook.commands import command, follow
+from shimmy_jupyter.notebook.display import (
+    Answer,
+    Pace,
+    clean,
+    inert,
+    one_line,
+    to_html,
+    to_inert_markdown,
+)
 
 SAFE_TAGS = set(
-    "a blockquote br code del div em h1 h2 h3 h4 h5 h6 hr li ol p pre s small strong table tbody td"
+    "a blockquote br code del details div em h1 h2 h3 h4 h5 h6 hr li ol p pre s small strong summary table tbody td"
     " th thead tr ul".split()
 )
-SAFE_ATTRIBUTES = {"href", "rel", "target", "title", "class", "style", "start"}
+SAFE_ATTRIBUTES = {"href", "rel", "target", "title", "class", "style", "start", "open"}
 
 
 class Inspector(HTMLParser):
@@ -68,13 +80,30 @@ ATTACKS = [
     "# <svg onload=alert(1)>",
     '[a](https://e.example "title\\" onclick=\\"x")',
     "```\n</code></pre><script>alert(1)</script>",
+    '<div data-commandlinker-command="terminal:create-new" data-commandlinker-args="{}">x</div>',
+    '[x](https://e.example "data-commandlinker-command=x")',
+    "[x](https://e.example){data-commandlinker-command=terminal:create-new}",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "&#60;img src=x onerror=alert(1)&#62;",
+    "<img srcset=//evil.example/p.png> <video poster=//evil.example/p>",
+    "![x](//evil.example/p.png) ![](data:image/svg+xml,<svg onload=alert(1)>)",
+    "[![x](https://evil.example/p.png)](javascript:alert(1))",
+    "[click](&#x6A;avascript:alert(1)) [click](java\nscript:alert(1)) [click](\x01javascript:x)",
+    "[click](//evil.example) [click](/lab?reset) [click](#x) [click](\\\\evil.example)",
+    "<link rel=stylesheet href=//evil.example> <meta http-equiv=refresh content=0;//evil.example>",
+    "a&#x202e;b &rlm;c &#8238;d [t&#x2066;](https://e.example '&#x202e;') ![&lrm;](x)",
+    "```x&#x202e;\ny&#x202e;\n```",
 ]
+TURNS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f]")
 
 
 @pytest.mark.parametrize("text", ATTACKS)
 def test_attacks_come_out_inert(text: str) -> None:
-    for link in Inspector(Answer(text, text).bundle()["text/html"]).links:
+    bundle = Answer(text, text, text).bundle()
+    for link in Inspector(bundle["text/html"]).links:
         assert re.match(r"https?://|mailto:", link)
+    for shown in bundle.values():
+        assert not TURNS.search(shown)
 
 
 @given(st.lists(st.sampled_from([*ATTACKS, "\n", "\n\n", "> ", "- ", "`", "```", "*", "_", "a "])))
@@ -115,7 +144,8 @@ def test_formulas_cannot_link() -> None:
         r'$\mmlToken{mtext}[href="javascript:alert(1)"]{click}$',
         r"$\csname href\endcsname{javascript:alert(1)}{x}$",
     ):
-        for shown in (to_html(formula), to_inert_markdown(formula)):
+        noted = Answer("", formula, formula).bundle()["text/html"]
+        for shown in (to_html(formula), to_inert_markdown(formula), noted, inert(formula)):
             assert not re.search(r"\\(href|mmlToken|csname)", shown)
     assert r"\frac{1}{2}" in to_html(r"$\frac{1}{2}$")
     assert r"\href" in to_html("`\\href`")
@@ -145,3 +175,72 @@ def test_pace_is_ten_a_second_and_slower_when_long() -> None:
     pace.shown(6.0, 1_000_000)
     assert not pace.due(9.9)
     assert pace.due(10.1)
+
+
+class Said:
+    """A server that answers with hostile texts, wherever it says one."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def get(self, path: str) -> dict[str, Any]:
+        text = self.text
+        if path == "shimmy/api/models":
+            model = {"id": text, "size_bytes": 1, "quantization": text, "kind": "model",
+                     "context": 5, "fit": None, "state": text, "error": None}  # fmt: skip
+            return {
+                "models": [model, model | {"error": text, "quantization": None}],
+                "default": text,
+            }
+        if path.startswith("shimmy/api/suggestions"):
+            one = {"id": text, "tasks": [text], "size_bytes": 1, "memory_bytes": 1, "licence": text,
+                   "note": text, "here": True}  # fmt: skip
+            return {"suggestions": [one], "first": text}
+        result = {"new": True, "ids": [text], "files": [], "size_bytes": 1, "notes": [text]}
+        return {"state": "done", "message": text, "done": 1, "total": 2, "error": None,
+                "result": result}  # fmt: skip
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return {"job": "x"}
+
+    def delete(self, path: str) -> dict[str, Any]:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("text", [*ATTACKS, "two\nlines\r\x1b[2J", r"$\href{javascript:x}{y}$"])
+@pytest.mark.parametrize("line", ["models", "models --suggest", "pull x"])
+def test_tables_and_progress(line: str, text: str, capsys: Any) -> None:
+    shown: list[tuple[str, str]] = []
+    run = command(line)
+    assert run is not None
+    run(Said(text), lambda plain, page: shown.append((plain, page)))  # type: ignore[arg-type]
+    assert shown
+    for plain, page in shown:
+        assert not TURNS.search(plain + page)
+        assert not Inspector(page).links
+        assert "href{" not in page or "\u200b" in page
+        assert plain.count("\n") == {"models": 2, "models --suggest": 1, "pull x": 0}[line]
+    assert not TURNS.search(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("text", [*ATTACKS, "\x1b]8;;https://evil.example\x07here\x1b[2J"])
+def test_errors_move_nothing(text: str) -> None:
+    for error in (InvalidValue(text, param=text), ModelLoadFailed(text)):
+        (shown,) = error._render_traceback_()
+        assert not TURNS.search(shown)
+        assert shown.startswith(type(error).__name__)
+    look = {
+        "state": "failed",
+        "error": {"code": "model_load_failed", "message": text, "param": None},
+    }
+    server = Said("")
+    server.get = lambda path: look  # type: ignore[method-assign]
+    with pytest.raises(ShimmyError) as caught:
+        follow(server, "x", lambda look: None)  # type: ignore[arg-type]
+    assert not TURNS.search(caught.value.message)
+    assert "\n" not in caught.value.message
+
+
+def test_one_line() -> None:
+    assert one_line(" a\n b\t\x1bc\u2028d ") == "a b cd"
+    assert not one_line("\u202e")

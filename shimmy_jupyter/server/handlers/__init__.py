@@ -30,6 +30,7 @@ from .library import (
 )
 from .limits import LimitsHandler
 from .models import ModelHandler, ModelsHandler
+from .openapi import OpenApiHandler
 from .tokens import ApplyTemplateHandler, DetokenizeHandler, TokenizeHandler
 
 ROUTES: list[tuple[str, type[Any]]] = [
@@ -59,6 +60,7 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"shimmy/api/audit/usage", AuditUsageHandler),
     (r"shimmy/api/audit/verify", AuditVerifyHandler),
     (r"shimmy/api/audit/receipts/([^/]+)", AuditReceiptHandler),
+    (r"shimmy/api/openapi.json", OpenApiHandler),
     (r"shimmy/health", HealthHandler),
     (r"shimmy(?:/.*)?", UnknownRouteHandler),
 ]

@@ -8,7 +8,7 @@ import json
 import math
 import time
 import uuid
-from typing import Any
+from typing import Any, ClassVar
 
 from jupyter_server.auth import User
 from jupyter_server.auth.decorator import authorized
@@ -36,6 +36,7 @@ from ..identity import LOCAL, principal_of
 
 _BY_STATUS: dict[int, tuple[type[ShimmyError], str]] = {
     400: (InvalidValue, "the request could not be read"),
+    401: (AccessDenied, "not allowed: sign in to this Jupyter server, or send its token"),
     403: (AccessDenied, "not allowed: sign in to this Jupyter server, or send its token"),
     404: (NotFound, "there is nothing here"),
     405: (MethodNotAllowed, "this route does not have that method"),
@@ -45,11 +46,26 @@ _BY_STATUS: dict[int, tuple[type[ShimmyError], str]] = {
 
 LOOK_AGAIN_SECONDS = 5.0
 """How long a stream may go on after whoever asked for it has lost the right to."""
+_SAID: dict[type[ShimmyError], str] = {
+    InvalidValue: "the request could not be read",
+    InternalError: "something went wrong; the server's log says what",
+}
+"""Of any other status, by whose fault it is."""
+SMALL_BODY = 64 << 10
+"""Bytes that a route takes which is not for texts."""
+_OF_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")
+"""What a page of another site can send without asking."""
 _FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-Ip")
 
 
+@web.stream_request_body
 class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
-    """Errors are raised as `ShimmyError` and written in the one JSON shape."""
+    """Errors are raised as `ShimmyError` and written in the one JSON shape. No body is read before
+    its sender is known, whatever the method, and none is kept here.
+    """
+
+    small_body: ClassVar[bool] = True
+    _received = 0
 
     _is_kernel = False
     """Whether it came in by the secret that this server has given its kernels."""
@@ -109,6 +125,50 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
         # The decorators say so too; this also covers methods that no handler has.
         if not self.current_user and self.request.method != "OPTIONS":
             raise web.HTTPError(403)
+        self._check_type()
+        length = self.request.headers.get("Content-Length", "0")
+        # Of what is no number, or one beyond sense, Tornado says so.
+        if length.isascii() and length.isdigit() and len(length) < 20:
+            self.check_size(int(length))
+
+    def _check_type(self) -> None:
+        """A form that another site sends with this one's cookies lacks `_xsrf`, and is no JSON."""
+        kind = self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind in _OF_FORMS and not self.token_authenticated:
+            raise InvalidValue(
+                f"a body of type {kind} is taken with a token only; application/json is wanted",
+                param="Content-Type",
+            )
+
+    @property
+    def most_bytes(self) -> int:
+        """The longest body that this route takes."""
+        most: int = self.settings["shimmy_max_request_bytes"]
+        return min(most, SMALL_BODY) if self.small_body else most
+
+    def data_received(self, chunk: bytes) -> None:
+        self._received += len(chunk)
+        if self._received > self.most_bytes and not self._finished:
+            # Nobody awaits this: what is raised here would be no answer.
+            error = self._too_large(f"{self._received} bytes and more")
+            self.send_error(error.status, exc_info=(type(error), error, None))
+
+    def check_size(self, size: int) -> None:
+        """Raises `RequestTooLarge`."""
+        if size > self.most_bytes:
+            raise self._too_large(f"{size} bytes")
+
+    def _too_large(self, size: str) -> RequestTooLarge:
+        most = self.most_bytes
+        whose = "this route" if self.small_body else "ShimmyLimits.max_request_size"
+        return RequestTooLarge(f"the body has {size}; {whose} allows {most}")
+
+    def query(self, name: str) -> str | None:
+        """The value of a query's parameter. Raises `InvalidValue` where there are several."""
+        values = self.get_query_arguments(name, strip=False)
+        if len(values) > 1:
+            raise InvalidValue("this parameter is there more than once", param=name)
+        return values[0] if values else None
 
     def _accept_kernel_secret(self) -> None:
         """A server with only a password has no token that its kernels could know; it has given
@@ -161,19 +221,27 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
         if not isinstance(error, ShimmyError):
-            kind, message = _BY_STATUS.get(
-                status_code, (InternalError, "something went wrong; the server's log says what")
-            )
+            other = InvalidValue if 400 <= status_code < 500 else InternalError
+            kind, message = _BY_STATUS.get(status_code, (other, _SAID[other]))
             error = kind(message)
+        if isinstance(error, RequestTooLarge):
+            # The rest of the body is not read.
+            self.set_header("Connection", "close")
         self.set_status(error.status)
         if isinstance(error, RateLimitExceeded) and error.retry_after is not None:
             self.set_header("Retry-After", str(math.ceil(error.retry_after)))
         self.finish(json.dumps(error.to_json(self.request_id)))
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
-        # What a client did wrong is answered, not logged with a traceback.
-        if not isinstance(value, ShimmyError):
-            super().log_exception(typ, value, tb)
+        # What a client did wrong is answered, not logged with a traceback. Tornado would write the
+        # whole address, in which there may be a token.
+        if isinstance(value, ShimmyError):
+            return
+        where = f"request {self.request_id}, {self.request.method} {self.request.path[:200]}"
+        if isinstance(value, web.HTTPError) and value.status_code < 500:
+            self.log.warning("%s: %s", where, value)
+        else:
+            self.log.error("%s failed", where, exc_info=(typ, value, tb))
 
 
 def is_local(here: Any, there: Any) -> bool:

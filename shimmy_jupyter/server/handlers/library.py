@@ -10,21 +10,29 @@ from jupyter_server.auth.decorator import authorized
 from tornado import web
 from tornado.iostream import StreamClosedError
 
+from ...administration import Administration
 from ...errors import AccessDenied
 from ...models.jobs import Job
 from ...models.library import ModelLibrary
 from .. import answers
 from .base import ShimmyHandler
 from .body import BodyHandler
+from .models import model_id
 
 if TYPE_CHECKING:  # importing it would load pydantic at the server's start
     from .. import model_requests
 
 
 class _LibraryHandler(BodyHandler):
+    small_body = True
+
     @property
     def library(self) -> ModelLibrary:
         return self.service.library
+
+    @property
+    def administration(self) -> Administration:
+        return Administration(self.library, self.service.guard)
 
     async def parsed(self, name: str) -> Any:
         """Off the event loop: the first time it imports pydantic."""
@@ -55,18 +63,17 @@ class LibraryModelHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:models")
     async def get(self, id: str) -> None:
-        await self.finish((await self.service.library.describe_one(id)).to_json())
+        await self.finish((await self.service.library.describe_one(model_id(id))).to_json())
 
 
 class SuggestionsHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:models")
     async def get(self) -> None:
-        task = self.get_query_argument("task", None)
+        task = self.query("task")
         await self.finish(await self.service.library.suggestions(task))
 
 
-@web.stream_request_body
 class DiscoverHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
@@ -75,49 +82,46 @@ class DiscoverHandler(_LibraryHandler):
         await self.finish(await answers.library(self.library, await self.library.discover()))
 
 
-@web.stream_request_body
 class PullHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
     async def post(self) -> None:
         asked: model_requests.Pull = await self.parsed("parse_pull")
-        await self.accepted(await self.library.pull(asked.model, self.principal, asked.sha256))
+        await self.accepted(
+            await self.administration.pull(asked.model, self.asked("act"), asked.sha256)
+        )
 
 
-@web.stream_request_body
 class LoadHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
     async def post(self, id: str) -> None:
         await self.parsed("parse_empty")
-        await self.accepted(await self.library.load(id, self.principal))
+        await self.accepted(await self.administration.load(model_id(id), self.asked("act")))
 
 
-@web.stream_request_body
 class UnloadHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
     async def post(self, id: str) -> None:
         await self.parsed("parse_empty")
-        await self.accepted(await self.library.unload(id, self.principal))
+        await self.accepted(await self.administration.unload(model_id(id), self.asked("act")))
 
 
-@web.stream_request_body
 class ProbeHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
     async def post(self, id: str) -> None:
         await self.parsed("parse_empty")
-        await self.accepted(await self.library.probe(id, self.principal))
+        await self.accepted(await self.administration.probe(model_id(id), self.asked("act")))
 
 
-@web.stream_request_body
 class VerifyHandler(_LibraryHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:models")
     async def post(self, id: str) -> None:
         await self.parsed("parse_empty")
-        await self.accepted(await self.library.verify(id, self.principal))
+        await self.accepted(await self.administration.verify(model_id(id), self.asked("act")))
 
 
 class JobsHandler(ShimmyHandler):

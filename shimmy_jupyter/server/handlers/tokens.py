@@ -32,7 +32,6 @@ class _TokensHandler(BodyHandler):
         return await asyncio.to_thread(parse, self.take_body())
 
 
-@web.stream_request_body
 class TokenizeHandler(_TokensHandler):
     @web.authenticated
     @authorized(action="execute", resource="shimmy_jupyter:generate")
@@ -44,7 +43,6 @@ class TokenizeHandler(_TokensHandler):
         await self.finish({"tokens": tokens, "count": len(tokens)})
 
 
-@web.stream_request_body
 class DetokenizeHandler(_TokensHandler):
     @web.authenticated
     @authorized(action="execute", resource="shimmy_jupyter:generate")
@@ -54,7 +52,6 @@ class DetokenizeHandler(_TokensHandler):
         await self.finish({"text": text})
 
 
-@web.stream_request_body
 class ApplyTemplateHandler(_TokensHandler):
     @web.authenticated
     @authorized(action="execute", resource="shimmy_jupyter:generate")
