@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 from .fields import Body, validated
 
 
-class Verify(Body):
+class _Verify(Body):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     against: dict[str, Any] | None = None
@@ -17,4 +17,4 @@ class Verify(Body):
 
 def parse_verify(body: bytes) -> dict[str, Any] | None:
     """The head that the ledger is to be compared with. Raises `InvalidValue`, `UnknownParameter`."""
-    return validated(Verify, body or b"{}").against
+    return validated(_Verify, body or b"{}").against

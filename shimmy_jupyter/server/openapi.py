@@ -18,7 +18,7 @@ from ..errors import all_errors
 from ..models.suggest import TASKS
 from .handlers import ROUTES
 from .handlers.base import ShimmyHandler, UnknownRouteHandler
-from .openapi_schemas import SCHEMAS, TEXT, Schema, one_of, ref
+from .openapi_schemas import COUNT, SCHEMAS, TEXT, Schema, one_of, ref
 
 _METHODS = ("get", "head", "post", "put", "patch", "delete")
 _EVERY = (
@@ -26,10 +26,22 @@ _EVERY = (
     " shutting_down"
 ).split()
 _NAMES = ("model_not_found",)
-_USES = (*_NAMES, *"model_load_failed engine_crashed queue_full deadline_exceeded".split())
+_USES = (
+    *_NAMES,
+    *"model_load_failed engine_crashed queue_full deadline_exceeded".split(),
+    *"rate_limit_exceeded audit_unavailable".split(),
+)
 _ENCODES = (*_USES, "context_length_exceeded", "unsupported_parameter")
 _GENERATES = (*_ENCODES, "model_drifted", "generation_failed", "constraint_too_complex")
 _OWN = "unknown_parameter"
+_COUNTED = ("audit_unavailable",)
+_RECORDED = ("audit_unavailable",)
+_FILTERS: tuple[tuple[str, Schema], ...] = (
+    *((name, TEXT) for name in ("user", "model", "request_id", "since", "until")),
+    ("outcome", one_of("ok", "accepted", "denied", "limited", "cancelled", "error")),
+    ("kind", one_of("begin", "end", "act")),
+    ("action", TEXT),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +125,30 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "One of them", "Job", id="JobId", streams="with `Accept: text/event-stream`"
     ),
     ("delete", "shimmy/api/jobs/{id}"): Operation("Stop it", "Job", id="JobId"),
+    ("get", "shimmy/api/limits"): Operation("What one has left", "Limits", errors=_COUNTED),
+    ("put", "shimmy/api/limits"): Operation(
+        "Tighten one's own", "Limits", "limit_requests.Limits", errors=(_OWN, *_COUNTED)
+    ),
+    ("get", "shimmy/api/audit"): Operation(
+        "What is on record, the newest first", "Records", errors=_RECORDED,
+        query=(*_FILTERS, ("cursor", COUNT), ("limit", {**COUNT, "minimum": 1, "maximum": 1000})),
+    ),
+    ("get", "shimmy/api/audit/export"): Operation(
+        "The same as a file", "Export", errors=_RECORDED,
+        query=(*_FILTERS, ("format", one_of("csv", "jsonl"))), streams="never; a file",
+    ),
+    ("get", "shimmy/api/audit/usage"): Operation(
+        "Who used what, this month or as asked", "UsageRows", errors=_RECORDED,
+        query=(("since", TEXT), ("until", TEXT), ("by", TEXT)),
+    ),
+    ("post", "shimmy/api/audit/verify"): Operation(
+        "Whether the ledger is whole", "Verdict", "audit_requests.Verify",
+        errors=(_OWN, "queue_full", *_RECORDED), optional=True,
+    ),
+    ("get", "shimmy/api/audit/receipts/{id}"): Operation(
+        "A request's records, and the proof that they are in the ledger", "Proof",
+        errors=_RECORDED, id="RequestId",
+    ),
     ("get", "shimmy/api/openapi.json"): Operation("This document", "OpenApi"),
     ("get", "shimmy/health"): Operation(
         "Whether a prompt could be answered", "Health", also=(503,)

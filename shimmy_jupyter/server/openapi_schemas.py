@@ -57,6 +57,26 @@ def error_schema(codes: tuple[str, ...]) -> Schema:
     )
 
 
+_STANDINGS: Schema = {
+    "type": "object",
+    "additionalProperties": fields(
+        limit=NUMBER,
+        used=or_null(COUNT),
+        remaining=or_null(COUNT),
+        resets_at=or_null(NUMBER),
+    ),
+}
+_HEAD = fields(size=COUNT, root=DIGEST, timestamp=TEXT)
+_RECORD = fields(seq=COUNT, leaf_hash=DIGEST)
+_ROW = fields(
+    requests=COUNT,
+    prompt_tokens=COUNT,
+    cached_tokens=COUNT,
+    tokens_generated=COUNT,
+    denied=COUNT,
+    limited=COUNT,
+    errors=COUNT,
+)
 CODES = tuple(sorted({cls.code for cls in all_errors() if cls is not ShimmyError}))
 _STATES = "available probing loading loaded unloading failed quarantined".split()
 _MODEL = fields(
@@ -120,6 +140,7 @@ _USAGE = fields(
 _READ = fields(prompt_tokens=COUNT, total_tokens=COUNT)
 _FIGURES = fields(
     request_id=REQUEST_ID,
+    receipt=or_null(fields(request_id=TEXT, seq=COUNT, leaf_hash=DIGEST)),
     queue_ms=or_null(NUMBER),
     ttft_ms=or_null(NUMBER),
     tokens_per_second=or_null(NUMBER),
@@ -160,6 +181,7 @@ def _completion(kind: str, scores: Schema, **said: Schema) -> Schema:
 
 SCHEMAS: dict[str, Schema] = {
     "ModelId": {"type": "string", "pattern": "^[A-Za-z0-9._:@-]{1,128}$"},
+    "RequestId": REQUEST_ID,
     "JobId": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
     "Error": error_schema(CODES),
     "Model": _MODEL,
@@ -215,6 +237,34 @@ SCHEMAS: dict[str, Schema] = {
                 action=or_null(TEXT),
             )
         ),
+    ),
+    "Limits": fields(
+        limits=_STANDINGS,
+        shared={"type": "object", "additionalProperties": _STANDINGS},
+        own={"type": "object", "additionalProperties": NUMBER},
+        locked={"type": "object", "additionalProperties": TEXT},
+        queue_position=or_null(COUNT),
+    ),
+    "Records": fields(records=several(_RECORD), next_cursor=or_null(COUNT)),
+    "Export": TEXT,
+    "UsageRows": fields(
+        since=or_null(NUMBER), until=or_null(NUMBER), by=several(TEXT), usage=several(_ROW)
+    ),
+    "Verdict": fields(
+        ok=YES,
+        records=COUNT,
+        head=or_null(_HEAD),
+        first_bad=or_null(COUNT),
+        problem=or_null(TEXT),
+        erased=COUNT,
+        open_requests=COUNT,
+        anchored=YES,
+    ),
+    "Proof": fields(
+        version=COUNT,
+        request_id=TEXT,
+        records=several(fields(seq=COUNT, leaf_hash=DIGEST, body=TEXT, path=several(DIGEST))),
+        head=_HEAD,
     ),
     "OpenApi": fields(openapi=TEXT, info={"type": "object"}, paths={"type": "object"}),
 }

@@ -17,6 +17,7 @@ from ...audit.ledger import Head, Ledger, Query
 from ...audit.verify import verify
 from ...audit.writer import StoreFailed
 from ...errors import AccessDenied, AuditUnavailable, InvalidValue, NotFound, QueueFull
+from .base import ShimmyHandler
 from .body import BodyHandler
 from .queries import moment, month, number
 
@@ -26,9 +27,7 @@ _FILTERS = ("user", "model", "outcome", "kind", "action", "request_id")
 _VERIFYING = "shimmy_verifying"
 
 
-class _AuditHandler(BodyHandler):
-    small_body = True
-
+class _AuditHandler(ShimmyHandler):
     @property
     def ledger(self) -> Ledger:
         """Raises `NotFound` where nothing is recorded."""
@@ -83,11 +82,11 @@ class AuditExportHandler(_AuditHandler):
         pieces = export(ledger, query, kind)
         piece = await self.read(lambda: next(pieces, None))
         types = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl"}
+        self.set_header("Content-Type", types[kind])
         self.set_header("Content-Disposition", f'attachment; filename="shimmy-audit.{kind}"')
         try:
             while piece is not None:
                 await self.still_allowed("read", "shimmy_jupyter:audit")
-                self.set_header("Content-Type", types[kind]) if not self._headers_written else None
                 self.write(piece)
                 await self.flush()
                 piece = await self.read(lambda: next(pieces, None))
@@ -138,7 +137,9 @@ def _is_of(proof: dict[str, Any], user: str) -> bool:
     return all(json.loads(record["body"])["user"] == user for record in proof["records"])
 
 
-class AuditVerifyHandler(_AuditHandler):
+class AuditVerifyHandler(_AuditHandler, BodyHandler):
+    small_body = True
+
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:audit")
     async def post(self) -> None:

@@ -11,11 +11,11 @@ from tornado import web
 from .body import BodyHandler
 
 
-def _members(body: bytes) -> dict[str, Any]:
+def _wanted(body: bytes) -> dict[str, Any]:
     # It imports pydantic.
-    from ..fields import Body, validated
+    from ..limit_requests import parse_limits
 
-    return dict(validated(Body, body).model_extra or {})
+    return parse_limits(body)
 
 
 class LimitsHandler(BodyHandler):
@@ -29,7 +29,7 @@ class LimitsHandler(BodyHandler):
     @web.authenticated
     @authorized(action="write", resource="shimmy_jupyter:limits")
     async def put(self) -> None:
-        wanted = await asyncio.to_thread(_members, self.take_body())
+        wanted = await asyncio.to_thread(_wanted, self.take_body())
         await self.service.guard.tighten(self.asked("act"), wanted)
         await self._show()
 
