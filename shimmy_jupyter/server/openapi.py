@@ -72,7 +72,7 @@ def _job(summary: str) -> Operation:
         "Accepted",
         "model_requests.Empty",
         202,
-        (_OWN, "queue_full", *_NAMES),
+        (_OWN, "queue_full", "audit_unavailable", *_NAMES),
         optional=True,
     )
 
@@ -110,7 +110,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Look at the disk again", "Models", "model_requests.Empty", errors=(_OWN,), optional=True
     ),
     ("post", "shimmy/api/models/pull"): Operation(
-        "Download a model", "Accepted", "model_requests.Pull", 202, (_OWN, "queue_full")
+        "Download a model", "Accepted", "model_requests.Pull", 202,
+        (_OWN, "queue_full", "audit_unavailable"),
     ),
     ("get", "shimmy/api/models/{id}"): Operation("One of them", "Model", errors=_NAMES),
     ("post", "shimmy/api/models/{id}/load"): _job("Load a model into memory"),

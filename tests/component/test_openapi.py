@@ -1,9 +1,9 @@
 """Our OpenAPI document, and what the server does with requests that are made from it.
 
 Cases: every method of every route is described, and nothing else; the committed file is what the code
-makes; every code, and names that mean one thing; valid JSON Schema; served, cached and not before it is
-asked for; generated requests, as described and not, to a model that is there and to others: never a
-defect, always an answer that is described, and 4xx for a body that is not.
+makes; every code, and names that mean one thing; valid JSON Schema; served and cached; answers with all
+that they can have; generated requests, as described and not, to a model that is there and to others:
+never a defect, always an answer that is described, and 4xx for a body that is not.
 """
 
 from __future__ import annotations
@@ -122,12 +122,6 @@ async def test_served(server: Any, jp_fetch: Any) -> None:
     assert openapi.served() is openapi.served()
 
 
-def test_pydantic_is_not_imported_before() -> None:
-    code = "import sys, shimmy_jupyter.server.app; print('pydantic' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 # Generated requests
 
 
@@ -215,6 +209,8 @@ def plain(case: Any, some: Random) -> None:
     case.body = body = {name: value for name, value in body.items() if name in kept}
     if "model" in body:
         body["model"] = MODEL
+    if {"prompt", "messages"} <= set(names):  # either
+        case.body = {"model": MODEL, "prompt": body.get("prompt") or "hello"}
     for message in body.get("messages") or ():
         message["content"] = message.get("content") or "hello"
         for name in message.keys() - {"role", "content", "name"}:
@@ -244,7 +240,7 @@ def test_no_request_finds_a_defect(
         fakes.make = lambda: FakeBackend(embedding=shape)
     operation = OPERATIONS[label]
     positive = mode is GenerationMode.POSITIVE
-    examples = 80 if operation.body and "{id}" not in label else 20
+    examples = 50 if operation.body and "{id}" not in label else 20
     statuses: Counter[int] = Counter()
 
     @seed(20_261_121)

@@ -105,10 +105,10 @@ class Kept(logging.Handler):
 @pytest.fixture
 def kept() -> Iterator[Kept]:
     """What a handler at the root hears, once secrets are kept."""
-    names = (*LOGGERS, "ShimmyApp")
+    names = (*LOGGERS, "AnApplication")
     before = {name: list(logging.getLogger(name).filters) for name in names}
-    keep_secrets("ShimmyApp")
-    keep_secrets("ShimmyApp")
+    keep_secrets("AnApplication")
+    keep_secrets("AnApplication")
     handler = Kept()
     logging.getLogger().addHandler(handler)
     yield handler
@@ -117,7 +117,7 @@ def kept() -> Iterator[Kept]:
         logging.getLogger(name).filters[:] = filters
 
 
-@pytest.mark.parametrize("name", [*LOGGERS, "ShimmyApp"])
+@pytest.mark.parametrize("name", [*LOGGERS, "AnApplication"])
 def test_every_logger(kept: Kept, name: str) -> None:
     logging.getLogger(name).error("GET %s failed after %d", f"/x?token={SECRET}", 3)
     assert kept.lines == ["GET /x?token=[secret] failed after 3"]
