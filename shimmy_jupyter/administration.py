@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .errors import AccessDenied
 from .guard.asked import Asked
 from .guard.guard import Guard
 from .models.jobs import Job
@@ -35,6 +36,11 @@ class Administration:
         return job
 
     async def pull(self, reference: str, asked: Asked, sha256: str | None = None) -> Job:
+        try:
+            await self._library.check_pulling()
+        except AccessDenied as error:
+            await self._guard.record(asked, "pull", reference[:200], error=error)
+            raise
         shown = self._library.wanted(reference)
         detail = {"sha256": sha256} if sha256 is not None else None
         await self._guard.act(asked, "pull", shown, detail)

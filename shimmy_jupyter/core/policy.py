@@ -139,7 +139,7 @@ def _all(decisions: Iterable[Decision]) -> Decision:
 
 
 def _is_chat(request: CompletionRequest) -> bool:
-    return isinstance(request.prompt, tuple) and isinstance(request.prompt[0], Message)
+    return any(isinstance(turn, Message) for turn in request.prompt[:1])
 
 
 def _features(request: CompletionRequest) -> list[tuple[str, str | None]]:

@@ -283,6 +283,10 @@ class ModelLibrary:
 
         return self.jobs.start("verify", id, principal, work)
 
+    async def check_pulling(self) -> None:
+        """Raises `AccessDenied` where nobody may download."""
+        await asyncio.to_thread(self._make_puller)
+
     @staticmethod
     def wanted(reference: str) -> str:
         """What a repository, an address or a suggestion's name stands for, in one form. Raises

@@ -11,7 +11,7 @@ from .fields import Body, validated
 _Count = Annotated[int, Field(ge=0, le=2**53)] | None
 
 
-class _Limits(Body):
+class _Tightened(Body):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     max_requests_per_minute: _Count = None
@@ -26,4 +26,4 @@ class _Limits(Body):
 
 def parse_limits(body: bytes) -> dict[str, Any]:
     """Those that are named; null takes one's own back. Raises `InvalidValue`, `UnknownParameter`."""
-    return validated(_Limits, body).model_dump(exclude_unset=True)
+    return validated(_Tightened, body).model_dump(exclude_unset=True)

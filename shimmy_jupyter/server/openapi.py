@@ -128,7 +128,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("delete", "shimmy/api/jobs/{id}"): Operation("Stop it", "Job", id="JobId"),
     ("get", "shimmy/api/limits"): Operation("What one has left", "Limits", errors=_COUNTED),
     ("put", "shimmy/api/limits"): Operation(
-        "Tighten one's own", "Limits", "limit_requests.Limits", errors=(_OWN, *_COUNTED)
+        "Tighten one's own", "Limits", "limit_requests.Tightened", errors=(_OWN, *_COUNTED)
     ),
     ("get", "shimmy/api/audit"): Operation(
         "What is on record, the newest first", "Records", errors=_RECORDED,

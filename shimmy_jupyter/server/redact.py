@@ -7,9 +7,11 @@ import re
 
 LOGGERS = (
     "shimmy_jupyter",
+    "shimmy_jupyter.audit",
     "shimmy_jupyter.engine",
     "shimmy_jupyter.engine.child",
     "shimmy_jupyter.engine.vet",
+    "shimmy_jupyter.guard",
     "shimmy_jupyter.llama",
     "shimmy_jupyter.models",
     "shimmy_jupyter.probe",

@@ -19,10 +19,12 @@ from tornado.httpclient import HTTPClientError
 from tornado.iostream import IOStream
 from tornado.tcpclient import TCPClient
 
+from shimmy_jupyter.core.limits import Limits, LimitTable
 from shimmy_jupyter.core.messages import OpenSlot
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.fake import FakeBackend
 from shimmy_jupyter.errors import EngineLost
+from shimmy_jupyter.guard.guard import Rules
 from shimmy_jupyter.notebook import client
 
 from .conftest import MODEL, Fakes, chat
@@ -602,7 +604,9 @@ async def test_max_seconds_ends_a_request(server: Any, jp_fetch: Any, fakes: Fak
 
 async def test_the_administrator_s_limit_binds(server: Any, jp_fetch: Any, fakes: Fakes) -> None:
     fakes.make = lambda: FakeBackend(gate=threading.Semaphore(0))
-    server.web_app.settings["shimmy_service"].max_seconds = 0.01
+    server.web_app.settings["shimmy_service"].guard.rules = Rules(
+        limits=[LimitTable(Limits(seconds=0.01))]
+    )
     status, error = await refused(jp_fetch, *CHAT, body=chat(max_seconds=1000))
     assert (status, error["code"]) == (408, "deadline_exceeded")
 
