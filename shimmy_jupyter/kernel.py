@@ -16,7 +16,7 @@ from .notebook.magics import Resolved
 
 
 def load(shell: InteractiveShell) -> None:
-    load_magics(shell, _find, _local, _resolve)
+    load_magics(shell, _find, _local, _resolve, kernel_environment().session)
 
 
 def _find() -> Server | None:

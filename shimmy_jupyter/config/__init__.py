@@ -214,6 +214,8 @@ class KernelEnvironment:
     server_pid: int | None
     profile: str | None = None
     """Of a `shimmy.lock`."""
+    session: str | None = None
+    """The path of the notebook that the kernel is of, where it is a file's."""
 
 
 def kernel_environment(environment: Mapping[str, str] = os.environ) -> KernelEnvironment:
@@ -223,6 +225,7 @@ def kernel_environment(environment: Mapping[str, str] = os.environ) -> KernelEnv
         token=environment.get("SHIMMY_KERNEL_TOKEN"),
         server_pid=int(pid) if pid.isdigit() else None,
         profile=environment.get("SHIMMY_PROFILE") or None,
+        session=environment.get("JPY_SESSION_NAME") or None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import ssl
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +80,9 @@ def _server(info: dict[str, Any], kernel_token: str | None) -> Server:
 class HttpTransport:
     """Talks to one server. Ignores proxy settings: the token is for that server only."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, labels: Callable[[], Mapping[str, str]] = dict) -> None:
         self.server = server
+        self._labels = labels
         uds = {"transport": httpx.HTTPTransport(uds=server.socket)} if server.socket else {}
         self._client = httpx.Client(
             base_url="http://localhost/" if server.socket else server.url,
@@ -104,17 +105,22 @@ class HttpTransport:
 
     def _asked(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         with self._errors():
-            response = self._client.request(method, path, timeout=30.0, **more)
+            response = self._client.request(
+                method, path, timeout=30.0, headers=dict(self._labels()), **more
+            )
             self._check(response)
             return dict(response.json())
 
     @contextlib.contextmanager
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[Iterable[bytes]]:
-        with self._errors(), self._client.stream("POST", path, json=body) as response:
+        with self._errors(), self._sent(path, body) as response:
             if response.status_code != httpx.codes.OK:
                 response.read()
             self._check(response)
             yield response.iter_bytes()
+
+    def _sent(self, path: str, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
+        return self._client.stream("POST", path, json=body, headers=dict(self._labels()))
 
     def _check(self, response: httpx.Response) -> None:
         if response.is_success:
@@ -172,17 +178,24 @@ def events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 class Connection:
-    """Finds the transport once, when it is first needed; says so when it is not a server."""
+    """Finds the transport once, when it is first needed; says so when it is not a server. `labels` are
+    headers of every request.
+    """
 
-    def __init__(self, find: Callable[[], Server | None], local: Callable[[], Transport]) -> None:
-        self._find, self._local = find, local
+    def __init__(
+        self,
+        find: Callable[[], Server | None],
+        local: Callable[[], Transport],
+        labels: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        self._find, self._local, self._labels = find, local, labels
         self._transport: Transport | None = None
 
     def transport(self) -> Transport:
         if self._transport is None:
             server = self._find()
             if server is not None:
-                self._transport = HttpTransport(server)
+                self._transport = HttpTransport(server, self._labels)
             else:
                 print("shimmy: no Jupyter server started this kernel; the model runs inside it.")
                 self._transport = self._local()

@@ -8,6 +8,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from .client import Connection, Server, Transport
 from .magics import Resolve, ShimmyMagics, as_it_is, questions_are_not_help
+from .origin import Origin
 
 
 def load(
@@ -15,10 +16,13 @@ def load(
     find: Callable[[], Server | None],
     local: Callable[[], Transport],
     resolve: Resolve = as_it_is,
+    session: str | None = None,
 ) -> None:
     """Register one instance of the magics. Loading again replaces the one before."""
     unload(shell)
-    shell.register_magics(ShimmyMagics(shell, Connection(find, local), resolve))
+    origin = Origin(shell, session)
+    connection = Connection(find, local, origin.headers)
+    shell.register_magics(ShimmyMagics(shell, connection, resolve, origin.check))
     shell.input_transformers_cleanup.append(questions_are_not_help)
 
 

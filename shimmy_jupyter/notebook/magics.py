@@ -159,9 +159,14 @@ class ShimmyMagics(Magics):
     )
 
     def __init__(
-        self, shell: InteractiveShell, connection: Connection, resolve: Resolve = as_it_is
+        self,
+        shell: InteractiveShell,
+        connection: Connection,
+        resolve: Resolve = as_it_is,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(shell)
+        self._check = check
         self.connection = connection
         self._resolve = resolve
         self._warned: set[str] = set()
@@ -189,6 +194,7 @@ class ShimmyMagics(Magics):
             options, prompt = parse_options(line)
         else:
             options, prompt = parse_cell_line(line), cell.strip()
+        self._check()
         if not prompt:
             raise InvalidValue("there is no prompt: `%shimmy PROMPT`, or write it below `%%shimmy`")
         self._ask(prompt, options)
