@@ -48,7 +48,7 @@ demo: $(VENV)/.demo ## Start a Jupyter server, run the quickstart in it, print t
 lab: $(VENV)/.lab ## Open JupyterLab on the quickstart
 	$(BIN)/jupyter lab notebooks/quickstart.ipynb
 
-test: lint types unit component model notebooks ## Everything that must hold
+test: lint types audit unit component model notebooks ## Everything that must hold
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -262,6 +262,7 @@ class Guard:
     async def _announced_rules(self, ledger: Ledger) -> None:
         now = self.rules.fingerprint()
         try:
+            await awaited(ledger.append([]))  # what there is to read is there from then on
             page = await asyncio.to_thread(
                 ledger.query, Query(kind="act", action="policy"), None, 1
             )
