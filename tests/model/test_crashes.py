@@ -19,9 +19,12 @@ import random_gguf
 from shimmy_jupyter.compose import build_service
 from shimmy_jupyter.config import Settings
 from shimmy_jupyter.errors import EngineCrashed, ModelLoadFailed
+from shimmy_jupyter.health import health
 from shimmy_jupyter.models.sources import Places
 from shimmy_jupyter.service import Completion, CompletionService
 from shimmy_jupyter.types import CompletionRequest, FinishReason, Message, Principal, Sampling
+
+ME = Principal("local")
 
 SHAPE = random_gguf.Shape(layers=4, width=256, heads=8, head_width=32, hidden=1024, vocabulary=2048)
 GREEDY = Sampling(temperature=0)
@@ -100,13 +103,13 @@ class TestAmidABatch:
             assert "/" not in caught.value.message
             assert completion.ended.reason is FinishReason.ERROR
             completion.close()
-        (status,) = [s for s in await service.models() if s.file.id == "words"]
+        (status,) = [s for s in await service.models(ME) if s.file.id == "words"]
         assert status.state == "failed"
         assert name in str(status.error)
         assert not service.active
         assert tokens(await answer(service, max_tokens=4)) == 4
         assert child(service) != first
-        assert (await service.health()).to_json()["status"] == "ok"
+        assert (await health(service)).to_json()["status"] == "ok"
 
     async def test_requests_that_wait_end_too(self, service: CompletionService) -> None:
         """Some in the queue, and some whose readers have not come yet."""
@@ -168,13 +171,13 @@ class TestQuarantine:
                 ModelLoadFailed, match=r"words is quarantined: .* 3 times .*SIGSEGV"
             ):
                 await begin(service)
-        states = {s.file.id: s for s in await service.models()}
+        states = {s.file.id: s for s in await service.models(ME)}
         assert states["words"].state == "quarantined"
         assert "SIGSEGV" in str(states["words"].error)
-        assert (await service.model("words")).state == "quarantined"
-        health = await service.health()
-        (models,) = [d for d in health.dependencies if d.name == "models"]
-        assert (models.status, health.ok) == ("degraded", True)
+        assert (await service.model("words", ME)).state == "quarantined"
+        found = await health(service)
+        (models,) = [d for d in found.dependencies if d.name == "models"]
+        assert (models.status, found.ok) == ("degraded", True)
         assert "words: it crashed 3 times" in models.detail
         question = (Message("user", "What does len do?"),)
         assert await answer(service, question, 64, model="self-test") == LEN
@@ -188,9 +191,9 @@ class TestQuarantine:
             await begin(service)
         facts = model_path.stat()
         os.utime(model_path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1_000_000))
-        assert (await service.model("words")).state == "available"
+        assert (await service.model("words", ME)).state == "available"
         assert tokens(await answer(service, max_tokens=4)) == 4
-        assert (await service.health()).to_json()["status"] == "ok"
+        assert (await health(service)).to_json()["status"] == "ok"
 
     async def test_two_crashes_do_not(self, service: CompletionService) -> None:
         await self.crash(service, 2)

@@ -30,10 +30,13 @@ from shimmy_jupyter.config import Settings
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import ModelNotFound, ShuttingDown
+from shimmy_jupyter.health import health
 from shimmy_jupyter.models.sources import Places
 from shimmy_jupyter.server import answers
 from shimmy_jupyter.service import Completion
 from shimmy_jupyter.types import CompletionRequest, FinishReason, Principal, Sampling
+
+ME = Principal("local")
 
 from . import conftest
 from .conftest import loaded, self_test_path
@@ -297,14 +300,14 @@ async def looking(folder: Path) -> None:
         watch.phase = "look"
         assert len(await service.pool.catalog.look()) == 10_001
         watch.phase = "list"
-        listed = await asyncio.to_thread(answers.models, await service.models())
+        listed = await asyncio.to_thread(answers.models, await service.models(ME))
         assert len(listed) > 100_000
         watch.phase = "health"
-        await service.health()
+        await health(service)
         watch.phase = "unknown"
         service.pool.catalog._looked = -1e9
         with pytest.raises(ModelNotFound):
-            await service.model("nobody's")
+            await service.model("nobody's", ME)
         watch.phase = "describe"
         described = await some.library.describe()
         watch.phase = "write"

@@ -266,7 +266,7 @@ async def test_two_of_one_name(rig: Rig) -> None:
     assert first.id == "m"
     assert second.id.startswith("m@")
     assert await ask(service, first.id) != await ask(service, second.id)
-    ids = [status.file.id for status in await service.models() if status.state == "loaded"]
+    ids = [status.file.id for status in await service.models(ME) if status.state == "loaded"]
     assert ids == [first.id, second.id]
 
 
@@ -350,7 +350,7 @@ async def test_adapters(rig: Rig) -> None:
     assert await ask(service, "m") == plain
     kinds = {d.status.file.id: d.to_json()["kind"] for d in await service.library.describe()}
     assert kinds == {"m": "model", "fine": "lora", "other": "lora", "self-test": "model"}
-    assert [status.file.id for status in await service.models()] == ["m", "self-test"]
+    assert [status.file.id for status in await service.models(ME)] == ["m", "self-test"]
 
 
 async def test_vectors(rig: Rig, tmp_path: Path) -> None:
