@@ -36,11 +36,10 @@ from shimmy_jupyter.server import answers
 from shimmy_jupyter.service import Completion
 from shimmy_jupyter.types import CompletionRequest, FinishReason, Principal, Sampling
 
-ME = Principal("local")
-
 from . import conftest
 from .conftest import loaded, self_test_path
 
+ME = Principal("local")
 ROOT = Path(__file__).parent.parent.parent
 MODES = ["none", "process"]
 LONG = Sampling(temperature=1.0, top_k=40, seed=1)
