@@ -12,6 +12,7 @@ from .. import __version__
 from ..models.sources import SELF_TEST
 from ..notebook.client import events
 from ..notebook.display import clean
+from .audit import audit_command
 from .checklist import doctor_command
 from .follow import follow, path, said
 from .here import addressed
@@ -91,5 +92,5 @@ def _answer(local: Any, body: dict[str, Any]) -> dict[str, Any]:
     return last
 
 
-for command in (bench, doctor_command, lock_command, models, probe, pull, verify):
+for command in (audit_command, bench, doctor_command, lock_command, models, probe, pull, verify):
     main.add_command(command)
