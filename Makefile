@@ -8,7 +8,7 @@ LLAMA_WHEEL ?=
 BENCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: help demo lab test lint types unit component model mutants mutants-guards fuzz notebooks bench bench-quick report soak clean
+.PHONY: help demo lab test lint types audit unit component model mutants mutants-guards fuzz notebooks bench bench-quick report soak clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -73,6 +73,9 @@ $(VENV)/.suite: | $(VENV)/.test
 		tar -xzf $(SUITE)/jsonschema-*.tar.gz -C $(SUITE) --wildcards --no-wildcards-match-slash \
 		'*/json/tests/draft2020-12/*.json'
 	@touch $@
+
+audit: $(VENV)/.test ## Known advisories of what is installed, where a service can be asked
+	$(BIN)/python scripts/audit_dependencies.py
 
 unit: $(VENV)/.test $(VENV)/.source $(VENV)/.suite ## The core and everything that needs no server
 	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) \
