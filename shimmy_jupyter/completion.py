@@ -104,8 +104,7 @@ class Completion:
         if error is None and any(e.reason not in _WHOLE for e in self.endings):
             error = Cancelled("nobody read it to its end")
         came = Result("ok") if error is None else result_of(error)
-        ttft, output = self.ended.timings.ttft_ms, "".join(self._output)
-        return replace(came, usage=self.usage, ttft_ms=ttft, output=output)
+        return replace(came, usage=self.usage, output="".join(self._output))
 
     async def wait(self, seconds: float) -> bool:
         """Whether there is something to read, the end too, within so many seconds."""

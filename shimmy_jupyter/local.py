@@ -69,6 +69,8 @@ class LocalTransport:
             case ("POST", "api", "models", "pull"):
                 return {"job": (await work.pull(body["model"], asked, body.get("sha256"))).id}
             case ("POST", "api", "models", id, "load" | "unload" | "probe" | "verify" as verb):
+                if verb == "load":
+                    self._check_place()
                 return {"job": (await getattr(work, verb)(id, asked)).id}
         raise NotFound(f"there is no {path}")
 
@@ -131,11 +133,11 @@ class LocalTransport:
         shape = answers.CHAT if chat else answers.COMPLETION
         asked = _asked(path, "chat" if chat else "completions")
         try:
-            self._check_place()
             visit = self._service.visit(asked)
             try:
+                self._check_place()
                 parsed = parse(body, asked.request_id, asked.principal)
-            except ShimmyError as error:
+            except Exception as error:
                 await visit.end(result_of(error))
                 raise
             async with await self._service.start(parsed.request, visit=visit) as completion:

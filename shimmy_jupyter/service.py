@@ -23,6 +23,7 @@ from .errors import (
     InvalidValue,
     ModelLoadFailed,
     ModelNotFound,
+    QueueFull,
     UnsupportedParameter,
 )
 from .guard.asked import Asked
@@ -246,7 +247,13 @@ class CompletionService:
             visit.model_sha256 = self._digest(model)
             count = sum(map(len, tokens))
             await visit.reserve(count, 0, 0)
-            vectors = await embedder.vectors(tokens, request.principal.name)
+            # Also where it is stopped: how much of it had been computed is not known then.
+            visit.usage = Usage(count, 0)
+            try:
+                vectors = await embedder.vectors(tokens, request.principal.name)
+            except QueueFull:
+                visit.usage = None
+                raise
         return Vectors(vectors, count)
 
     async def _inputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
@@ -30,6 +31,8 @@ log = logging.getLogger("shimmy_jupyter.guard")
 Watcher = Callable[[Entry, str], None]
 """Hears of every record that is to be, with the route of its request; on the event loop."""
 _PRUNE_EVERY = 3600.0
+_PATIENCE = 5.0
+"""Seconds for which the end of the service waits for requests to be settled: a client may read nothing."""
 _DAY = 86_400
 
 
@@ -94,6 +97,9 @@ class Guard:
         """Of requests that wait for their turn, by id; set when it has come."""
         self.waiting: dict[str, tuple[str, Callable[[], int | None]]] = {}
         """Of open requests, by id: whose it is, and what says how many go before it."""
+        self._open: set[str] = set()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._own: dict[str, Limits] = {}
         self._pruned = -_PRUNE_EVERY
@@ -123,22 +129,24 @@ class Guard:
         # Read once: only this server writes it, or another of the same user's, whose word is heard
         # when this one starts again.
         if principal.name not in self._own:
-            self._own[principal.name] = await awaited(self.spending.own(principal.name))
+            self._own[principal.name] = await counted(self.spending.own(principal.name))
         return self._own[principal.name]
 
     async def tighten(self, asked: Asked, wanted: Mapping[str, Any]) -> None:
-        """Raises `InvalidValue` for more than the administrator allows, and `UnknownParameter`."""
+        """Raises `InvalidValue` for more than the administrator allows, `UnknownParameter`, and
+        `AuditUnavailable` where it cannot be kept.
+        """
         ceiling = effective(self.rules.limits, Limits(), asked.principal)[0].limits
         own = tightened(await self._tightened(asked.principal), wanted, ceiling)
         await self.record(asked, "limits", detail={"own": named(own)})
-        self._own[asked.principal.name] = await awaited(
+        self._own[asked.principal.name] = await counted(
             self.spending.tighten(asked.principal.name, own)
         )
 
     async def limits(self, principal: Principal) -> dict[str, Any]:
         """What there is left, as `shimmy/api/limits` shows it."""
         own, *shared = accounts = await self.accounts(principal)
-        standing = await awaited(self.spending.look(accounts, self.clock()))
+        standing = await counted(self.spending.look(accounts, self.clock()))
         return {
             "limits": self._shown(own, standing),
             "shared": {
@@ -300,6 +308,16 @@ class Guard:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("what was to be settled was not", exc_info=error)
 
+    def opened(self, id: str) -> None:
+        """A request that will be settled and recorded; then it is `ended`."""
+        self._open.add(id)
+        self._quiet.clear()
+
+    def ended(self, id: str) -> None:
+        self._open.discard(id)
+        if not self._open:
+            self._quiet.set()
+
     def may_go(self, ids: Sequence[str]) -> None:
         """Their turn has come."""
         for id in ids:
@@ -308,6 +326,9 @@ class Guard:
 
     async def close(self) -> None:
         """Settle what is open, and write what is to be written."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE):
+                await self._quiet.wait()
         while self._tasks:
             await asyncio.wait(self._tasks)
         await asyncio.to_thread(self.spending.close)
@@ -324,3 +345,11 @@ def raise_denied(decision: policy.Decision) -> None:
 async def awaited(future: Future[T]) -> T:
     # What is done already need not go round the loop.
     return future.result() if future.done() else await asyncio.wrap_future(future)
+
+
+async def counted(work: Future[T]) -> T:
+    """Raises `AuditUnavailable` where what has been used cannot be kept: then nothing is given away."""
+    try:
+        return await awaited(work)
+    except StoreFailed as error:
+        raise AuditUnavailable(f"what has been used cannot be counted: {error}") from error

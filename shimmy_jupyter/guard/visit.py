@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ..audit.ledger import Receipt
 from ..audit.records import Entry
@@ -26,9 +26,7 @@ from ..errors import (
 )
 from ..types import CompletionRequest, EmbeddingRequest, Message, Usage
 from .asked import Asked, Subject, of_completion, of_embedding
-from .guard import Guard, awaited, raise_denied
-
-T = TypeVar("T")
+from .guard import Guard, counted, raise_denied
 
 _LARGE = 64 * 1024
 """Bytes of prompt that are digested off the event loop."""
@@ -38,12 +36,11 @@ Waiting = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a request ended. Times are in milliseconds from its beginning."""
+    """How a request ended, and what it has used."""
 
     outcome: str
     code: str | None = None
     usage: Usage | None = None
-    ttft_ms: float | None = None
     output: str = ""
 
 
@@ -60,7 +57,8 @@ def result_of(error: BaseException) -> Result:
 class Visit:
     """`check`, `arrive`, `reserve`, then the work, then `end`; `end` alone where it came to nothing.
 
-    `model_sha256` is set once it is known.
+    `model_sha256` is set once it is known; `usage` where it is known before the end, for an end that
+    knows none; and `refused` where somebody ends it for a reason, which its own end does not know.
     """
 
     def __init__(self, guard: Guard, asked: Asked) -> None:
@@ -68,6 +66,8 @@ class Visit:
         self.ended = False
         self.receipt: Receipt | None = None
         self.model_sha256: str | None = None
+        self.usage: Usage | None = None
+        self.refused: ShimmyError | None = None
         self._guard = guard
         self._principal = guard.rules.known(asked.principal)
         self._began = guard.clock()
@@ -76,28 +76,30 @@ class Visit:
         self._digest: str | None = None
         self._beginning: asyncio.Future[Receipt | None] | None = None
         self._present = self._reserved = False
+        self._ttft_ms: float | None = None
+        self._field = "prompt"
+        guard.opened(asked.request_id)
 
     # Before the work
 
     async def check(self, request: CompletionRequest | EmbeddingRequest) -> None:
         """Whether it may be asked at all, and what it is counted on. Raises `AccessDenied`."""
+        self._field = _field(request)
         await self._describe(request)
         self._decide(request)
-        self._accounts = await self._counting(self._guard.accounts(self._principal))
+        self._accounts = await self._guard.accounts(self._principal)
 
     async def arrive(self, waiting: Waiting) -> None:
         """Whether it may be asked now; waits for its turn. Its beginning is on the way to the ledger
         afterwards. Raises `RateLimitExceeded`.
         """
         guard, id = self._guard, self.asked.request_id
-        refused = await self._counting(
-            awaited(guard.spending.arrive(id, self._accounts, guard.clock()))
-        )
+        refused = await counted(guard.spending.arrive(id, self._accounts, guard.clock()))
         if refused is not None:
-            raise _refused(refused)
+            raise self._refusal(refused)
         admitted = guard.crowd.arrive(id, self._accounts)
         if isinstance(admitted, Refusal):
-            raise _refused(admitted)
+            raise self._refusal(admitted)
         self._present = True
         if not admitted:
             await self._turn(waiting)
@@ -172,22 +174,20 @@ class Visit:
             ceiling = policy.ceiling(guard.rules.policies, "max_tokens")
             default = default if ceiling is None else max(1, min(default, int(ceiling)))
         self._reserved = True
-        granted = await self._counting(
-            awaited(
-                guard.spending.reserve(
-                    self.asked.request_id,
-                    self._accounts,
-                    prompt_tokens,
-                    wanted,
-                    default,
-                    guard.clock(),
-                    choices=choices,
-                )
+        granted = await counted(
+            guard.spending.reserve(
+                self.asked.request_id,
+                self._accounts,
+                prompt_tokens,
+                wanted,
+                default,
+                guard.clock(),
+                choices=choices,
             )
         )
         if isinstance(granted, Refusal):
             self._reserved = False
-            raise _refused(granted)
+            raise self._refusal(granted)
         if self._beginning is not None:
             await asyncio.shield(self._beginning)
         return granted
@@ -198,6 +198,8 @@ class Visit:
 
     def first_token(self) -> None:
         """It no longer waits."""
+        if self._ttft_ms is None:
+            self._ttft_ms = self._elapsed_ms()
         self._guard.waiting.pop(self.asked.request_id, None)
         if self._present:
             self._guard.crowd.first_token(self.asked.request_id)
@@ -220,7 +222,7 @@ class Visit:
         if not any(a.limits.counts_requests or a.limits.counts_tokens for a in self._accounts):
             return {}
         now = guard.clock()
-        standing = await self._counting(awaited(guard.spending.look(self._accounts, now)))
+        standing = await counted(guard.spending.look(self._accounts, now))
         found: dict[str, str] = {}
         for name in ("requests", "tokens"):
             rows = [
@@ -247,6 +249,15 @@ class Visit:
         if self.ended:
             return self.receipt
         self.ended = True
+        try:
+            return await self._end(result)
+        finally:
+            self._guard.ended(self.asked.request_id)
+
+    async def _end(self, result: Result) -> Receipt | None:
+        if self.refused is not None and result.outcome == "cancelled":
+            result = replace(result_of(self.refused), usage=result.usage, output=result.output)
+        result = replace(result, usage=result.usage or self.usage)
         guard, id = self._guard, self.asked.request_id
         guard.waiting.pop(id, None)
         if self._present:
@@ -261,7 +272,7 @@ class Visit:
         writing = guard.write(entries, self.asked.route)
         if settling is not None:
             with contextlib.suppress(NotReserved):  # cancelled before it was granted
-                await self._counting(awaited(settling))
+                await counted(settling)
         self.receipt = await guard.written(writing)
         return self.receipt
 
@@ -303,18 +314,33 @@ class Visit:
             prompt_tokens=usage.prompt_tokens if usage is not None else None,
             cached_tokens=usage.cached_tokens if usage is not None else None,
             tokens_generated=usage.completion_tokens if usage is not None else None,
-            duration_ms=1000 * max(0.0, guard.clock() - self._began),
-            time_to_first_token_ms=result.ttft_ms,
+            duration_ms=self._elapsed_ms(),
+            time_to_first_token_ms=self._ttft_ms,
             output_digest=digest,
             content=content,
         )
 
-    async def _counting(self, work: Awaitable[T]) -> T:
-        """Raises `AuditUnavailable` where what has been used cannot be kept: then nothing is given away."""
-        try:
-            return await work
-        except StoreFailed as error:
-            raise AuditUnavailable(f"what has been used cannot be counted: {error}") from error
+
+    def _elapsed_ms(self) -> float:
+        return 1000 * max(0.0, self._guard.clock() - self._began)
+
+    def _refusal(self, refusal: Refusal) -> ShimmyError:
+        """Where waiting helps, or other requests' end, 429; what can never be is a wrong request."""
+        if refusal.limit == "max_prompt_tokens":
+            return ContextLengthExceeded(refusal.message, param=self._field)
+        if refusal.never and "tokens" in refusal.limit:
+            whole = "max_tokens" if self._field in {"prompt", "messages"} else self._field
+            return InvalidValue(refusal.message, param=whole)
+        return RateLimitExceeded(
+            refusal.message, limit=refusal.limit, retry_after=refusal.retry_after
+        )
+
+
+def _field(request: CompletionRequest | EmbeddingRequest) -> str:
+    """Where the prompt is."""
+    if isinstance(request, EmbeddingRequest):
+        return "documents" if request.rank else "input"
+    return "messages" if isinstance(next(iter(request.prompt), None), Message) else "prompt"
 
 
 def _is_short(request: CompletionRequest) -> bool:
@@ -323,12 +349,3 @@ def _is_short(request: CompletionRequest) -> bool:
         return True
     turns = [turn for turn in prompt if isinstance(turn, Message)]
     return sum(len(turn.content) for turn in turns) < _LARGE
-
-
-def _refused(refusal: Refusal) -> ShimmyError:
-    """Where waiting helps, or other requests' end, 429; what can never be is a wrong request."""
-    if refusal.limit == "max_prompt_tokens":
-        return ContextLengthExceeded(refusal.message, param="prompt")
-    if refusal.never and "tokens" in refusal.limit:
-        return InvalidValue(refusal.message, param="max_tokens")
-    return RateLimitExceeded(refusal.message, limit=refusal.limit, retry_after=refusal.retry_after)

@@ -234,7 +234,7 @@ class EventWriter:
         except ShimmyError as error:
             if not told:
                 raise
-            yield await self._ended(completion, error)
+            yield await self.ended(completion, error)
             return
         while deltas:
             yield data + b"".join(self._delta(delta, completion.echo) for delta in deltas)
@@ -242,7 +242,7 @@ class EventWriter:
             try:
                 deltas = await completion.read()
             except ShimmyError as error:
-                yield await self._ended(completion, error)
+                yield await self.ended(completion, error)
                 return
         try:
             receipt = await completion.finish()
@@ -251,7 +251,7 @@ class EventWriter:
         else:
             yield data + self._closing(completion, receipt)
 
-    async def _ended(self, completion: Completion, error: ShimmyError) -> bytes:
+    async def ended(self, completion: Completion, error: ShimmyError) -> bytes:
         """The error is the last event, once it is on record."""
         try:
             await completion.finish(error)

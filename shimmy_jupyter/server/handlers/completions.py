@@ -53,7 +53,7 @@ class _GeneratingHandler(BodyHandler):
         visit = self.service.visit(self.asked(route))
         try:
             parsed = await self._parsed(api)
-        except ShimmyError as error:
+        except Exception as error:
             await visit.end(result_of(error))
             raise
         created = int(time.time())
@@ -96,6 +96,7 @@ class _GeneratingHandler(BodyHandler):
             completion = starting.result()
             await self.tell_limits(visit)
         except ShimmyError as error:
+            visit.refused = error
             if not self._headers_written:
                 raise
             await self._send(writer.failed(error))
@@ -119,7 +120,7 @@ class _GeneratingHandler(BodyHandler):
             except ShimmyError as error:
                 if not self._headers_written:
                     raise
-                await self._send(writer.failed(error))
+                await self._send(await writer.ended(completion, error))
                 return
             await self._send(data)
 

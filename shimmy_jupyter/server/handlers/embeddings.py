@@ -8,7 +8,7 @@ from typing import Any
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 
-from ...errors import Cancelled, ShimmyError
+from ...errors import Cancelled, RateLimitExceeded
 from ...guard.visit import Result, Visit, result_of
 from .body import BodyHandler
 from .completions import ignored_names
@@ -45,7 +45,7 @@ class _VectorsHandler(BodyHandler):
             parsed = await asyncio.to_thread(
                 getattr(api, parser), body, self.request_id, self.principal
             )
-        except ShimmyError as error:
+        except Exception as error:
             await visit.end(result_of(error))
             raise
         if parsed.ignored:
@@ -57,9 +57,13 @@ class _VectorsHandler(BodyHandler):
         try:
             answer = await self._task
         except asyncio.CancelledError:
+            visit.end_later(Result("cancelled", Cancelled.code))  # where it had not begun
             if self._gone:
                 return
             raise Cancelled("the request was cancelled") from None
+        except RateLimitExceeded:
+            await self.tell_limits(visit)
+            raise
         await self.tell_limits(visit)
         self.set_header("Content-Type", "application/json")
         await self.finish(answer)
