@@ -102,8 +102,10 @@ class Completion:
         if error is None and any(e.reason not in _WHOLE for e in self.endings):
             error = Cancelled("nobody read it to its end")
         came = Result("ok") if error is None else result_of(error)
-        ttft, output = self.ended.timings.ttft_ms, "".join(self._output)
-        return replace(came, usage=self.usage, ttft_ms=ttft, output=output)
+        timings, output = self.ended.timings, "".join(self._output)
+        rate = timings.tokens_per_second
+        aside = replace(came.aside, token_seconds=1 / rate if rate else None)
+        return replace(came, usage=self.usage, ttft_ms=timings.ttft_ms, output=output, aside=aside)
 
     async def wait(self, seconds: float) -> bool:
         """Whether there is something to read, the end too, within so many seconds."""

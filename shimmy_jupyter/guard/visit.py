@@ -26,7 +26,7 @@ from ..errors import (
 )
 from ..types import CompletionRequest, EmbeddingRequest, Message, Usage
 from .asked import Asked, Subject, of_completion, of_embedding
-from .guard import Guard, awaited, raise_denied
+from .guard import NOTHING, Aside, Guard, awaited, raise_denied, reason_of
 
 T = TypeVar("T")
 
@@ -38,13 +38,14 @@ Waiting = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a request ended. Times are in milliseconds from its beginning."""
+    """How a request ended. Times are in milliseconds from its beginning; `aside` is for counting only."""
 
     outcome: str
     code: str | None = None
     usage: Usage | None = None
     ttft_ms: float | None = None
     output: str = ""
+    aside: Aside = NOTHING
 
 
 def result_of(error: BaseException) -> Result:
@@ -53,8 +54,10 @@ def result_of(error: BaseException) -> Result:
         return Result("cancelled", Cancelled.code)
     code = error.code if isinstance(error, ShimmyError) else ShimmyError.code
     if isinstance(error, AccessDenied):
-        return Result("denied", code)
-    return Result("limited" if isinstance(error, RateLimitExceeded) else "error", code)
+        return Result("denied", code, aside=Aside(reason_of(error)))
+    if isinstance(error, RateLimitExceeded):
+        return Result("limited", code, aside=Aside(reason_of(error)))
+    return Result("error", code)
 
 
 class Visit:
@@ -73,6 +76,7 @@ class Visit:
         self._began = guard.clock()
         self._accounts: tuple[Account, ...] = ()
         self._subject: Subject | None = None
+        self._model: str | None = None
         self._digest: str | None = None
         self._beginning: asyncio.Future[Receipt | None] | None = None
         self._present = self._reserved = False
@@ -81,6 +85,7 @@ class Visit:
 
     async def check(self, request: CompletionRequest | EmbeddingRequest) -> None:
         """Whether it may be asked at all, and what it is counted on. Raises `AccessDenied`."""
+        self._model = request.model
         await self._describe(request)
         self._decide(request)
         self._accounts = await self._counting(self._guard.accounts(self._principal))
@@ -251,7 +256,7 @@ class Visit:
         entries = [self._finished(result)]
         if self._beginning is None:
             entries.insert(0, self._entry("begin"))
-        writing = guard.write(entries, self.asked.route)
+        writing = guard.write(entries, self.asked.route, result.aside)
         if settling is not None:
             with contextlib.suppress(NotReserved):  # cancelled before it was granted
                 await self._counting(awaited(settling))
@@ -270,7 +275,7 @@ class Visit:
     def _entry(self, kind: str) -> Entry:
         entry = self._guard.entry(self.asked, kind)
         if self._subject is None:
-            return replace(entry, model_sha256=self.model_sha256)
+            return replace(entry, model=self._model, model_sha256=self.model_sha256)
         content = {"prompt": self._subject.text} if self._guard.rules.record_content else None
         return replace(
             entry,
