@@ -104,7 +104,9 @@ class Completion:
         if error is None and any(e.reason not in _WHOLE for e in self.endings):
             error = Cancelled("nobody read it to its end")
         came = Result("ok") if error is None else result_of(error)
-        return replace(came, usage=self.usage, output="".join(self._output))
+        rate = self.ended.timings.tokens_per_second
+        aside = replace(came.aside, token_seconds=1 / rate if rate else None)
+        return replace(came, usage=self.usage, output="".join(self._output), aside=aside)
 
     async def wait(self, seconds: float) -> bool:
         """Whether there is something to read, the end too, within so many seconds."""

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..core import messages as m
@@ -33,6 +32,7 @@ from ..errors import (
 from ..types import Ended, Failure, FinishReason, ModelFacts, Sampling, Timings, Usage
 from .backend import Backend, LoadSpec, Sharing
 from .errands import Errand, Errands
+from .statistics import EngineSnapshot, EngineStatistics, snapshot_of
 from .stream import TokenStream
 
 log = logging.getLogger("shimmy_jupyter.engine")
@@ -45,16 +45,6 @@ _ATTEMPTS = 64
 """Of one step: far more than there are numbers of threads to fall back to."""
 _FLOPS = 5e10
 """Of a modest processor: a first guess at what a prompt token takes, at two for each parameter."""
-
-
-@dataclass(slots=True)
-class EngineStatistics:
-    """Counters since the model was loaded. `rows[n]` is how many steps held n sequences."""
-
-    steps: int = 0
-    tokens: int = 0
-    aborted: int = 0
-    rows: dict[int, int] = field(default_factory=dict)
 
 
 class Engine:
@@ -106,6 +96,14 @@ class Engine:
     def active(self) -> int:
         """Sequences queued or running."""
         return len(self._streams)
+
+    def snapshot(self) -> EngineSnapshot:
+        """How it is now, at once."""
+        beat, alive = self.statistics.beat, self._thread.is_alive()
+        if self.failure is not None or not self._facts.done():
+            return EngineSnapshot(alive)
+        busy = 0.0 if beat is None else self._clock() - beat
+        return snapshot_of(self.scheduler, self.active, alive=alive, busy=busy)
 
     def submit(
         self,
@@ -272,12 +270,15 @@ class Engine:
                 self._flush()
 
     def _events(self, *, wait: bool) -> Iterable[m.Event | Errand]:
+        self.statistics.beat = None if wait else self._clock()
         if wait:
             try:
                 # Those who are paused are looked at once a second; otherwise nothing happens.
-                yield self._inbox.get(timeout=1.0 if self._streams else None)
+                event = self._inbox.get(timeout=1.0 if self._streams else None)
             except queue.Empty:
                 return
+            self.statistics.beat = self._clock()
+            yield event
         while not self._inbox.empty():
             yield self._inbox.get()
 
@@ -319,9 +320,7 @@ class Engine:
                 break
         else:
             raise EngineLost("its steps are aborted again and again, though nobody asks for it")
-        self.statistics.steps += 1
-        self.statistics.tokens += len(result.sampled)
-        self.statistics.rows[len(step.rows)] = self.statistics.rows.get(len(step.rows), 0) + 1
+        self.statistics.count(len(step.rows), len(result.sampled))
         return m.Stepped(result.sampled, result.seconds, plan.threads, result.prompts)
 
     def _carry_out(self, instructions: list[m.Instruction]) -> m.Step | None:

@@ -19,7 +19,7 @@ from ..core import policy
 from ..core.budgets import Crowd, Standing
 from ..core.limits import NAMES, Account, Limits, LimitTable, effective, named, tightened
 from ..core.policy import Policy
-from ..errors import AccessDenied, AuditUnavailable, ShimmyError
+from ..errors import AccessDenied, AuditUnavailable, RateLimitExceeded, ShimmyError
 from ..types import Principal
 from .asked import Asked
 from .spending import Spending
@@ -28,12 +28,25 @@ T = TypeVar("T")
 
 log = logging.getLogger("shimmy_jupyter.guard")
 
-Watcher = Callable[[Entry, str], None]
-"""Hears of every record that is to be, with the route of its request; on the event loop."""
 _PRUNE_EVERY = 3600.0
 _PATIENCE = 5.0
 """Seconds for which the end of the service waits for requests to be settled: a client may read nothing."""
 _DAY = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """What is counted of a record, and not written in it."""
+
+    reason: str | None = None
+    """Why it was refused, in one of few words: `policy`, `policy:FIELD` or `limit:NAME`."""
+    token_seconds: float | None = None
+    """The mean time between two tokens of the first choice; None below two."""
+
+
+Watcher = Callable[[Entry, str, Aside], None]
+"""Hears of every record that is to be, with the route of its request; on the event loop."""
+NOTHING = Aside()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +106,8 @@ class Guard:
         self.crowd = Crowd()
         self.clock = clock
         self.watchers: list[Watcher] = []
+        self.unwritten = 0
+        """How often records could not be written."""
         self.turns: dict[str, asyncio.Event] = {}
         """Of requests that wait for their turn, by id; set when it has come."""
         self.waiting: dict[str, tuple[str, Callable[[], int | None]]] = {}
@@ -215,7 +230,7 @@ class Guard:
             outcome="accepted" if error is None else "denied",
             code=None if error is None else error.code,
         )
-        await self.written(self.write([entry], "act"))
+        await self.written(self.write([entry], "act", Aside(reason_of(error))))
 
     def entry(self, asked: Asked, kind: str, action: str | None = None) -> Entry:
         """What all records have in common."""
@@ -234,11 +249,16 @@ class Guard:
             action=action,
         )
 
-    def write(self, entries: Sequence[Entry], route: str) -> Future[list[Receipt]] | None:
+    def write(
+        self, entries: Sequence[Entry], route: str, aside: Aside = NOTHING
+    ) -> Future[list[Receipt]] | None:
         """Begin to write them; None where nothing is recorded."""
         for entry in entries:
             for watcher in self.watchers:
-                watcher(entry, route)
+                try:
+                    watcher(entry, route, aside)
+                except Exception:  # who listens must not keep a record from being written
+                    log.exception("a record was not heard of by all")
         if self.ledger is None:
             return None
         self._announce()
@@ -254,6 +274,7 @@ class Guard:
         try:
             return (await awaited(writing))[-1]
         except StoreFailed as error:
+            self.unwritten += 1
             if self.rules.fail_closed:
                 raise AuditUnavailable(
                     "requests are answered only where they can be recorded, and they cannot"
@@ -334,6 +355,15 @@ class Guard:
         await asyncio.to_thread(self.spending.close)
         if self.ledger is not None:
             await asyncio.to_thread(self.ledger.close)
+
+
+def reason_of(error: BaseException | None) -> str | None:
+    """Why something was refused, as `Aside` has it; None for any other error."""
+    if isinstance(error, AccessDenied):
+        return f"policy:{error.param}" if error.param else "policy"
+    if isinstance(error, RateLimitExceeded):
+        return f"limit:{error.limit}" if error.limit else "limit"
+    return None
 
 
 def raise_denied(decision: policy.Decision) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ from ..errors import (
 )
 from ..types import CompletionRequest, EmbeddingRequest, Message, Usage
 from .asked import Asked, Subject, of_completion, of_embedding
-from .guard import Guard, counted, raise_denied
+from .guard import NOTHING, Aside, Guard, counted, raise_denied, reason_of
 
 _LARGE = 64 * 1024
 """Bytes of prompt that are digested off the event loop."""
@@ -36,12 +37,13 @@ Waiting = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a request ended, and what it has used."""
+    """How a request ended, and what it has used; `aside` is for counting only."""
 
     outcome: str
     code: str | None = None
     usage: Usage | None = None
     output: str = ""
+    aside: Aside = NOTHING
 
 
 def result_of(error: BaseException) -> Result:
@@ -50,8 +52,10 @@ def result_of(error: BaseException) -> Result:
         return Result("cancelled", Cancelled.code)
     code = error.code if isinstance(error, ShimmyError) else ShimmyError.code
     if isinstance(error, AccessDenied):
-        return Result("denied", code)
-    return Result("limited" if isinstance(error, RateLimitExceeded) else "error", code)
+        return Result("denied", code, aside=Aside(reason_of(error)))
+    if isinstance(error, RateLimitExceeded):
+        return Result("limited", code, aside=Aside(reason_of(error)))
+    return Result("error", code)
 
 
 class Visit:
@@ -63,6 +67,8 @@ class Visit:
 
     def __init__(self, guard: Guard, asked: Asked) -> None:
         self.asked = asked
+        # In a process a request's id is whatever its caller says; two at once may have the same.
+        self._id = uuid.uuid4().hex
         self.ended = False
         self.receipt: Receipt | None = None
         self.model_sha256: str | None = None
@@ -73,18 +79,19 @@ class Visit:
         self._began = guard.clock()
         self._accounts: tuple[Account, ...] = ()
         self._subject: Subject | None = None
+        self._model: str | None = None
         self._digest: str | None = None
         self._beginning: asyncio.Future[Receipt | None] | None = None
         self._present = self._reserved = False
         self._ttft_ms: float | None = None
         self._field = "prompt"
-        guard.opened(asked.request_id)
+        guard.opened(self._id)
 
     # Before the work
 
     async def check(self, request: CompletionRequest | EmbeddingRequest) -> None:
         """Whether it may be asked at all, and what it is counted on. Raises `AccessDenied`."""
-        self._field = _field(request)
+        self._field, self._model = _field(request), request.model
         await self._describe(request)
         self._decide(request)
         self._accounts = await self._guard.accounts(self._principal)
@@ -93,7 +100,7 @@ class Visit:
         """Whether it may be asked now; waits for its turn. Its beginning is on the way to the ledger
         afterwards. Raises `RateLimitExceeded`.
         """
-        guard, id = self._guard, self.asked.request_id
+        guard, id = self._guard, self._id
         refused = await counted(guard.spending.arrive(id, self._accounts, guard.clock()))
         if refused is not None:
             raise self._refusal(refused)
@@ -144,7 +151,7 @@ class Visit:
         self._subject, self._digest = found
 
     async def _turn(self, waiting: Waiting) -> None:
-        guard, id = self._guard, self.asked.request_id
+        guard, id = self._guard, self._id
         turn = guard.turns[id] = asyncio.Event()
         self.waits(lambda: guard.crowd.position(id))
         try:
@@ -176,7 +183,7 @@ class Visit:
         self._reserved = True
         granted = await counted(
             guard.spending.reserve(
-                self.asked.request_id,
+                self._id,
                 self._accounts,
                 prompt_tokens,
                 wanted,
@@ -194,15 +201,15 @@ class Visit:
 
     def waits(self, place: Callable[[], int | None]) -> None:
         """`place` says how many go before it, None where it does not wait."""
-        self._guard.waiting[self.asked.request_id] = self._principal.name, place
+        self._guard.waiting[self._id] = self._principal.name, place
 
     def first_token(self) -> None:
         """It no longer waits."""
         if self._ttft_ms is None:
             self._ttft_ms = self._elapsed_ms()
-        self._guard.waiting.pop(self.asked.request_id, None)
+        self._guard.waiting.pop(self._id, None)
         if self._present:
-            self._guard.crowd.first_token(self.asked.request_id)
+            self._guard.crowd.first_token(self._id)
 
     @property
     def keeps_output(self) -> bool:
@@ -252,13 +259,13 @@ class Visit:
         try:
             return await self._end(result)
         finally:
-            self._guard.ended(self.asked.request_id)
+            self._guard.ended(self._id)
 
     async def _end(self, result: Result) -> Receipt | None:
         if self.refused is not None and result.outcome == "cancelled":
             result = replace(result_of(self.refused), usage=result.usage, output=result.output)
         result = replace(result, usage=result.usage or self.usage)
-        guard, id = self._guard, self.asked.request_id
+        guard, id = self._guard, self._id
         guard.waiting.pop(id, None)
         if self._present:
             guard.may_go(guard.crowd.leave(id))
@@ -269,7 +276,7 @@ class Visit:
         entries = [self._finished(result)]
         if self._beginning is None:
             entries.insert(0, self._entry("begin"))
-        writing = guard.write(entries, self.asked.route)
+        writing = guard.write(entries, self.asked.route, result.aside)
         if settling is not None:
             with contextlib.suppress(NotReserved):  # cancelled before it was granted
                 await counted(settling)
@@ -288,7 +295,7 @@ class Visit:
     def _entry(self, kind: str) -> Entry:
         entry = self._guard.entry(self.asked, kind)
         if self._subject is None:
-            return replace(entry, model_sha256=self.model_sha256)
+            return replace(entry, model=self._model, model_sha256=self.model_sha256)
         content = {"prompt": self._subject.text} if self._guard.rules.record_content else None
         return replace(
             entry,
@@ -319,7 +326,6 @@ class Visit:
             output_digest=digest,
             content=content,
         )
-
 
     def _elapsed_ms(self) -> float:
         return 1000 * max(0.0, self._guard.clock() - self._began)

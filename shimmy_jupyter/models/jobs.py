@@ -190,6 +190,8 @@ class Jobs:
     """Each user's own; an administrator sees all."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.watchers: list[Callable[[Job], None]] = []
+        """Hear of every job that has ended, on the event loop."""
         self._clock = clock
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -219,7 +221,7 @@ class Jobs:
         del self._tasks[job.id]
         if job.state == "running":  # stopped before it began
             job.error = _stopped()
-            job.end("cancelled", self._clock())
+            self._end(job, "cancelled")
 
     async def _run(
         self, job: Job, work: Callable[[Report], Awaitable[Mapping[str, Any] | None]]
@@ -236,7 +238,15 @@ class Jobs:
         except Exception as defect:
             log.exception("a job failed in a way that nobody foresaw")
             job.error = InternalError(f"{type(defect).__name__}; the server's log says more")
+        self._end(job, state)
+
+    def _end(self, job: Job, state: str) -> None:
         job.end(state, self._clock())
+        for watcher in self.watchers:
+            try:
+                watcher(job)
+            except Exception:  # who listens must not keep a job from having ended
+                log.exception("a job's end was not heard of by all")
 
     def get(self, id: str, principal: Principal) -> Job:
         """Raises `NotFound`, also for another user's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import secrets
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from jupyter_server.extension.application import ExtensionApp
@@ -13,8 +14,11 @@ from traitlets import TraitError
 from ..compose import build_service
 from ..config import CONFIGURABLES, AppTraits, Settings, load_system_config, settings
 from ..errors import Misconfigured
+from ..health import Surroundings
 from ..service import CompletionService
+from .events import announce
 from .handlers import ROUTES
+from .metrics import METRICS
 from .redact import keep_secrets
 
 
@@ -40,6 +44,7 @@ class ShimmyApp(AppTraits, ExtensionApp):
     classes: ClassVar[list[type]] = list(CONFIGURABLES)  # type: ignore[misc]
 
     service: CompletionService | None = None
+    _watching: tuple[Callable[[], None], ...] = ()
 
     def initialize_settings(self) -> None:
         keep_secrets(self.log.name)
@@ -62,6 +67,10 @@ class ShimmyApp(AppTraits, ExtensionApp):
             else:
                 self.service = build_service(chosen)
                 self.settings["shimmy_service"] = self.service
+                self.watch()
+        self.settings["shimmy_surroundings"] = Surroundings(
+            chosen.state_folder, chosen.memory_reserve
+        )
         self.settings["shimmy_max_request_bytes"] = chosen.max_request_bytes
 
     def initialize_handlers(self) -> None:
@@ -82,6 +91,19 @@ class ShimmyApp(AppTraits, ExtensionApp):
             self.serverapp.web_app.settings["shimmy_kernel_secret"] = secret
             os.environ["SHIMMY_KERNEL_TOKEN"] = secret
 
+    def watch(self) -> None:
+        """Count and announce what `service` does, and no other's any more."""
+        self._unwatch()
+        assert self.serverapp is not None
+        events = self.serverapp.event_logger
+        if self.service is not None and events is not None:
+            self._watching = METRICS.attach(self.service), announce(self.service, events)
+
+    def _unwatch(self) -> None:
+        for stop in self._watching:
+            stop()
+        self._watching = ()
+
     def current_activity(self) -> int:
         """Requests in progress: an idle shutdown must not end them."""
         return self.service.active if self.service is not None else 0
@@ -90,5 +112,8 @@ class ShimmyApp(AppTraits, ExtensionApp):
         web_app = getattr(self.serverapp, "web_app", None)  # there is none where it could not start
         if web_app is not None and web_app.settings.pop("shimmy_kernel_secret", None):
             os.environ.pop("SHIMMY_KERNEL_TOKEN", None)
-        if self.service is not None:
-            await self.service.close()
+        try:
+            if self.service is not None:
+                await self.service.close()
+        finally:
+            self._unwatch()  # what it ended counts

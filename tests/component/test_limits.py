@@ -446,9 +446,7 @@ class TestSettled:
         monkeypatch.setattr("shimmy_jupyter.server.answers.PATIENCE", 0.01)
         gate = threading.Semaphore(0)
         fakes.make = lambda: FakeBackend(gate=gate)
-        guard.rules = Rules(
-            limits=[LimitTable(COUNTED.merged(Limits(concurrent=1, queued=9)))]
-        )
+        guard.rules = Rules(limits=[LimitTable(COUNTED.merged(Limits(concurrent=1, queued=9)))])
         first = await dial(CHAT, chat(stream=True), who="ann")
         await until(lambda: fakes.models and fakes.models[0].active)
         second = await dial(CHAT, chat(stream=True), who="ann")
@@ -467,9 +465,7 @@ class TestSettled:
         gate.release(10)
         await self.check(guard, PROMPT, 2)
 
-    async def test_the_queue_is_full(
-        self, guard: Guard, ask: Ask, dial: Any, fakes: Fakes
-    ) -> None:
+    async def test_the_queue_is_full(self, guard: Guard, ask: Ask, dial: Any, fakes: Fakes) -> None:
         gate = threading.Semaphore(0)
         fakes.make = lambda: FakeBackend(gate=gate)
         fakes.spec, fakes.queue_size = LoadSpec(path="", sequences=1), 1
@@ -586,9 +582,7 @@ class TestVectors:
         answer = await ask("v1/rerank", body)
         await check_spent(guard, answer.json["usage"]["total_tokens"])
 
-    async def test_hung_up(
-        self, guard: Guard, dial: Any, fakes: Fakes, gone: list[str]
-    ) -> None:
+    async def test_hung_up(self, guard: Guard, dial: Any, fakes: Fakes, gone: list[str]) -> None:
         """What was handed to the engine counts."""
         gate = threading.Semaphore(0)
         fakes.make = lambda: FakeBackend(embedding=VECTORS, gate=gate)
@@ -601,9 +595,7 @@ class TestVectors:
         assert (await records(guard, kind="end"))[0]["outcome"] == "cancelled"
         await check_spent(guard, 5)
 
-    async def test_hung_up_before_it_began(
-        self, guard: Guard, dial: Any, monkeypatch: Any
-    ) -> None:
+    async def test_hung_up_before_it_began(self, guard: Guard, dial: Any, monkeypatch: Any) -> None:
         """In the moment in which its task has been made and has not run."""
         make = embeddings.EmbeddingsHandler._computed
 
@@ -672,9 +664,7 @@ class TestTurns:
             stream.close()
         assert [name for name in seen if name != "bob's"] == names
 
-    async def test_who_gives_up_lets_others_go(
-        self, guard: Guard, dial: Any, fakes: Fakes
-    ) -> None:
+    async def test_who_gives_up_lets_others_go(self, guard: Guard, dial: Any, fakes: Fakes) -> None:
         gate = threading.Semaphore(0)
         fakes.make = lambda: FakeBackend(gate=gate)
         allow(guard, concurrent=1)
@@ -867,7 +857,7 @@ class TestTightened:
         assert (await ask(CHAT, chat())).json["usage"]["completion_tokens"] == 2
 
     async def test_never_loosened(self, guard: Guard, ask: Ask) -> None:
-        every = {name: 10 for name in NAMES.values()}
+        every = dict.fromkeys(NAMES.values(), 10)
         allow(guard, **every)
         before = (await ask("api/limits")).json
         for name in NAMES:

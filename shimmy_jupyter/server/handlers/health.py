@@ -15,7 +15,7 @@ class HealthHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:metrics")
     async def get(self) -> None:
-        found = await health(self.service)
+        found = await health(self.service, self.settings.get("shimmy_surroundings"))
         if not found.ok:
             self.set_status(503)
         await self.finish(found.to_json())
