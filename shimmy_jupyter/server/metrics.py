@@ -105,7 +105,7 @@ class Metrics(Collector):
             service.library.jobs.watchers.remove(self.job_ended)
             self._unwritten += service.guard.unwritten - attached.unwritten_before
             if not self._attached:
-                pass
+                self._registry.unregister(self)
 
     # What happens
 

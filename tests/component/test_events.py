@@ -166,7 +166,7 @@ class TestActs:
     @pytest.mark.parametrize("rules", [Rules([Policy((Rule(allow=False, actions=("load",)),))])])
     async def test_allowed_and_denied(self, service: Any, collector: Collector) -> None:
         work = Administration(service.library, service.guard)
-        asked = Asked(Principal(NAME), "an-id", "act")
+        asked = Asked(Principal(NAME), "an-id", "act", "192.0.2.1", "/x", "notes.ipynb", "cell-9")
         with pytest.raises(AccessDenied):
             await work.load(MODEL, asked)
         await (await work.unload(MODEL, asked)).wait()

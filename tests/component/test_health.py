@@ -337,6 +337,7 @@ class TestLimits:
     ) -> None:
         assert (await look(service, "limits")).status == "ok"
         store.mkdir(parents=True)
+        assert (await look(service, "limits")).status == "down"  # before anybody has asked
         error = await refused(jp_fetch, *CHAT, body=chat())
         assert error["code"] == "audit_unavailable"  # also without limits: theirs cannot be read
         found = await look(service, "limits")
