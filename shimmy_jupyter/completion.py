@@ -11,7 +11,7 @@ from typing import Self
 from .audit.ledger import Receipt
 from .core.messages import Progress
 from .engine.stream import TokenStream
-from .errors import Cancelled, ShimmyError
+from .errors import Cancelled, QueueFull, ShimmyError
 from .guard.visit import Result, Visit, result_of
 from .types import CompletionRequest, Ended, FinishReason, Scored, Timings, Usage
 
@@ -104,7 +104,10 @@ class Completion:
         if error is None and any(e.reason not in _WHOLE for e in self.endings):
             error = Cancelled("nobody read it to its end")
         came = Result("ok") if error is None else result_of(error)
-        return replace(came, usage=self.usage, output="".join(self._output))
+        usage = self.usage
+        if isinstance(error, QueueFull) and not usage.completion_tokens:
+            return came  # it was not let in: nothing has been computed
+        return replace(came, usage=usage, output="".join(self._output))
 
     async def wait(self, seconds: float) -> bool:
         """Whether there is something to read, the end too, within so many seconds."""

@@ -320,7 +320,6 @@ class Visit:
             content=content,
         )
 
-
     def _elapsed_ms(self) -> float:
         return 1000 * max(0.0, self._guard.clock() - self._began)
 
