@@ -11,7 +11,7 @@ from typing import Self
 from .audit.ledger import Receipt
 from .core.messages import Progress
 from .engine.stream import TokenStream
-from .errors import Cancelled, ShimmyError
+from .errors import Cancelled, QueueFull, ShimmyError
 from .guard.visit import Result, Visit, result_of
 from .types import CompletionRequest, Ended, FinishReason, Scored, Timings, Usage
 
@@ -104,9 +104,11 @@ class Completion:
         if error is None and any(e.reason not in _WHOLE for e in self.endings):
             error = Cancelled("nobody read it to its end")
         came = Result("ok") if error is None else result_of(error)
-        rate = self.ended.timings.tokens_per_second
+        usage, rate = self.usage, self.ended.timings.tokens_per_second
+        if isinstance(error, QueueFull) and not usage.completion_tokens:
+            return came  # it was not let in: nothing has been computed
         aside = replace(came.aside, token_seconds=1 / rate if rate else None)
-        return replace(came, usage=self.usage, output="".join(self._output), aside=aside)
+        return replace(came, usage=usage, output="".join(self._output), aside=aside)
 
     async def wait(self, seconds: float) -> bool:
         """Whether there is something to read, the end too, within so many seconds."""

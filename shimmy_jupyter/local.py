@@ -60,12 +60,13 @@ class LocalTransport:
         if method == "GET":
             return await self._look(path)
         library, me = self._service.library, Principal("local")
+        allows = self._service.may_use(me)
         asked, work = _asked(path), self._administration
         match (method, *parts):
             case ("DELETE", "api", "jobs", id):
                 return library.jobs.cancel(id, me).to_json()
             case ("POST", "api", "models", "discover"):
-                return _read(await answers.library(library, await library.discover()))
+                return _read(await answers.library(library, await library.discover(), allows))
             case ("POST", "api", "models", "pull"):
                 return {"job": (await work.pull(body["model"], asked, body.get("sha256"))).id}
             case ("POST", "api", "models", id, "load" | "unload" | "probe" | "verify" as verb):
@@ -75,19 +76,22 @@ class LocalTransport:
         raise NotFound(f"there is no {path}")
 
     async def _look(self, path: str) -> dict[str, Any]:
-        library = self._service.library
+        library, me = self._service.library, Principal("local")
+        allows = self._service.may_use(me)
         place, _, query = path.removeprefix("shimmy/").partition("?")
         match [unquote(part) for part in place.split("/")]:
             case ["api", "suggestions"]:
                 return await library.suggestions(dict(parse_qsl(query)).get("task"))
             case ["v1", "models"]:
-                return _read(answers.models(await self._service.models(Principal("local"))))
+                return _read(answers.models(await self._service.models(me)))
             case ["api", "models"]:
-                return _read(await answers.library(library, await library.describe(wait=True)))
+                found = await library.describe(wait=True)
+                return _read(await answers.library(library, found, allows))
             case ["api", "models", id]:
+                self._service.check_seen(id, me)
                 return (await library.describe_one(id)).to_json()
             case ["api", "jobs", id]:
-                return library.jobs.get(id, Principal("local")).to_json()
+                return library.jobs.get(id, me).to_json()
         raise NotFound(f"there is no {path}")
 
     @contextlib.contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -315,12 +315,19 @@ class CompletionService:
             and self.guard.allows(principal, "use", status.file.id)
         ]
 
+    def may_use(self, principal: Principal) -> Callable[[str], bool]:
+        """Whether this user may use a model, by its id: of others they are told nothing."""
+        return lambda id: self.guard.allows(principal, "use", id)
+
     async def model(self, id: str, principal: Principal) -> ModelStatus:
         """Raises `ModelNotFound`, also for one that this user may not use."""
-        found = await self.pool.catalog.find(id)
+        self.check_seen(id, principal)
+        return self.pool.status_of(await self.pool.catalog.find(id))
+
+    def check_seen(self, id: str, principal: Principal) -> None:
+        """Raises `ModelNotFound` for a model that this user may not use, whether there is one or not."""
         if not self.guard.allows(principal, "use", id):
             raise ModelNotFound(f"there is no model {id[:128]!r} for you", param="model")
-        return self.pool.status_of(found)
 
     @property
     def active(self) -> int:

@@ -362,9 +362,18 @@ def _rows(rows: Iterable[dict[str, Any]]) -> bytes:
     return b"[" + b",".join(_dump(row) for row in rows) + b"]"
 
 
-async def library(found: ModelLibrary, models: list[Described]) -> bytes:
-    """All models as `shimmy/api/models` lists them, and which one answers where none is named."""
+async def library(
+    found: ModelLibrary, models: list[Described], allows: Callable[[str], bool] = lambda _: True
+) -> bytes:
+    """The models that somebody may use as `shimmy/api/models` lists them, and which one answers where none
+    is named.
+    """
+    models = [one for one in models if allows(one.status.file.id)]
     default = await found.default()
+    if default is not None and not allows(default):
+        files = (one.status.file for one in models)
+        usable = (file.id for file in files if file.kind == "model" and file.problem is None)
+        default = next(usable, default)
 
     def listed() -> bytes:
         rows = _rows(one.to_json() for one in models)

@@ -270,13 +270,15 @@ def dial(
             f"Content-Length: {len(data)}\r\n\r\n"
         )
         await stream.write(head.encode() + data)
+        # A test whose answer does not come fails, and does not hang.
+        asyncio.get_running_loop().call_later(10, stream.close)
         return stream
 
     return dial
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0)
 

@@ -127,15 +127,19 @@ class _GeneratingHandler(BodyHandler):
     async def _send(self, data: bytes) -> None:
         connection = self.request.connection
         assert connection is not None
-        if self._headers_written:
-            # There is nothing left to transform: past the handler's own buffer.
-            await connection.write(data)
-            return
-        self.set_header("Content-Type", "text/event-stream")
-        self.set_header("Cache-Control", "no-cache")
-        self.set_header("X-Accel-Buffering", "no")
-        self.write(data)
-        await self.flush()
+        try:
+            if self._headers_written:
+                # There is nothing left to transform: past the handler's own buffer.
+                await connection.write(data)
+                return
+            self.set_header("Content-Type", "text/event-stream")
+            self.set_header("Cache-Control", "no-cache")
+            self.set_header("X-Accel-Buffering", "no")
+            self.write(data)
+            await self.flush()
+        except StreamClosedError:
+            # On record as such, also where nobody has told us before.
+            raise Cancelled("the client disconnected") from None
 
 
 class _Api:

@@ -55,14 +55,15 @@ class LibraryHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:models")
     async def get(self) -> None:
-        library = self.service.library
-        await self.finish(await answers.library(library, await library.describe()))
+        library, allows = self.service.library, self.service.may_use(self.principal)
+        await self.finish(await answers.library(library, await library.describe(), allows))
 
 
 class LibraryModelHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:models")
     async def get(self, id: str) -> None:
+        self.service.check_seen(model_id(id), self.principal)
         await self.finish((await self.service.library.describe_one(model_id(id))).to_json())
 
 
@@ -79,7 +80,10 @@ class DiscoverHandler(_LibraryHandler):
     @authorized(action="write", resource="shimmy_jupyter:models")
     async def post(self) -> None:
         await self.parsed("parse_empty")
-        await self.finish(await answers.library(self.library, await self.library.discover()))
+        allows = self.service.may_use(self.principal)
+        await self.finish(
+            await answers.library(self.library, await self.library.discover(), allows)
+        )
 
 
 class PullHandler(_LibraryHandler):
