@@ -8,7 +8,7 @@ LLAMA_WHEEL ?=
 BENCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: help demo lab test lint types audit unit component model mutants mutants-guards fuzz notebooks bench bench-quick report soak clean
+.PHONY: help demo lab test lint types audit unit component model mutants mutants-guards fuzz notebooks bench bench-quick bench-guard report soak clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -111,6 +111,10 @@ bench: $(VENV)/.bench ## Ours, the raw loop and the peers, side by side: takes h
 
 bench-quick: $(VENV)/.bench ## That the benchmark works, on a tiny model; its figures mean nothing
 	$(BIN)/python benchmarks/bench.py --models check --quick --json benchmarks/results/check.json
+
+bench-guard: $(VENV)/.test ## Limits and the ledger under load, two minutes; what the ledger costs
+	$(BIN)/python benchmarks/guard.py
+	$(BIN)/python benchmarks/guard.py --ledger
 
 report: $(VENV)/.bench ## Make docs/performance.md from the last measurements
 	$(BIN)/python benchmarks/report.py

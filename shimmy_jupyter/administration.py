@@ -36,12 +36,12 @@ class Administration:
         return job
 
     async def pull(self, reference: str, asked: Asked, sha256: str | None = None) -> Job:
+        meant = self._library.meant(reference)  # the address itself may have secrets in it
         try:
             await self._library.check_pulling()
         except AccessDenied as error:
-            await self._guard.record(asked, "pull", reference[:200], error=error)
+            await self._guard.record(asked, "pull", str(meant), error=error)
             raise
-        shown = self._library.wanted(reference)
         detail = {"sha256": sha256} if sha256 is not None else None
-        await self._guard.act(asked, "pull", shown, detail)
+        await self._guard.act(asked, "pull", str(meant), detail, meant.names)
         return await self._library.pull(reference, asked.principal, sha256)

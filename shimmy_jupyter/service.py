@@ -173,6 +173,13 @@ class CompletionService:
         """Its path, once it is loaded; None where the request names none and the model has none."""
         attached = self.library.attached
         try:
+            may = self.guard.allows
+            if request.adapter and not may(request.principal, "load", request.adapter):
+                found = await self.pool.catalog.find(request.adapter)
+                if not model.has_adapter(str(found.path)):
+                    raise AccessDenied(
+                        f"{found.id} is not in memory, and you may not load it", param="adapter"
+                    )
             return await attached.use_adapter(model, request.model, request.adapter)
         except (ModelNotFound, ModelLoadFailed) as error:
             error.param = "adapter"
@@ -281,6 +288,7 @@ class CompletionService:
         """A model whose tokenizer is wanted. Raises `AccessDenied`."""
         self.guard.check(principal, "use", model)
         self.guard.check_feature("tokenize")
+        await self.guard.count(principal)
         await self._check_loading(model, principal)
         async with self.pool.use(model) as found:
             yield found

@@ -87,6 +87,8 @@ def usage(
 ) -> list[dict[str, Any]]:
     if unknown := set(by) - set(_GROUPINGS):
         raise ValueError(f"by: {', '.join(_GROUPINGS)}, not {min(unknown)}")
+    if len(set(by)) < len(by):
+        raise ValueError("by: each at most once")
     where, values = _conditions(Query(kind="end", since=since, until=until))
     columns = [f"{_GROUPINGS[name]} AS '{name}'" for name in by]
     columns.append("count(*) AS requests")

@@ -126,7 +126,7 @@ def settings(
     bounds it. `kernel`: for a process that is no server. Raises TraitError naming the bad one.
     """
     ceiling = Config() if system is None else system
-    engine = ShimmyEngine(config=config)
+    engine = bounded(ShimmyEngine, config, ceiling)
     models = bounded(ShimmyModels, config, ceiling)
     limits = bounded(ShimmyLimits, config, ceiling)
     for text in engine.public_prefixes:

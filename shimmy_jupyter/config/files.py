@@ -10,7 +10,7 @@ from traitlets.config import Config
 from traitlets.config.loader import ConfigFileNotFound, JSONFileConfigLoader, PyFileConfigLoader
 
 _NAMES = ("jupyter_config", "jupyter_server_config", "jupyter_shimmy_jupyter_config")
-OURS = ("ShimmyApp", "ShimmyModels", "ShimmyLimits", "ShimmyPolicy", "ShimmyAudit")
+OURS = ("ShimmyApp", "ShimmyEngine", "ShimmyModels", "ShimmyLimits", "ShimmyPolicy", "ShimmyAudit")
 """Sections of which the system's values are ceilings."""
 
 

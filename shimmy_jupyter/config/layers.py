@@ -14,7 +14,7 @@ from traitlets.config import Config, Configurable
 
 from ..core.limits import NAMES, Limits, LimitTable
 from ..core.policy import ACTIONS, Policy, Rule
-from .traits import ShimmyAudit, ShimmyLimits, ShimmyModels, ShimmyPolicy
+from .traits import ShimmyAudit, ShimmyEngine, ShimmyLimits, ShimmyModels, ShimmyPolicy
 
 
 def _both(user: Any, system: Any) -> Any:
@@ -39,13 +39,18 @@ def _least(user: Any, system: Any) -> Any:
 
 
 STRICTER: Mapping[type[Configurable], Mapping[str, Callable[[Any, Any], Any]]] = {
+    ShimmyEngine: {
+        "isolation": lambda user, system: "process" if "process" in (user, system) else "none",
+        "public_prefixes": _common,
+    },
     ShimmyModels: {
         "roots": _theirs,
         "search": _common,
         "probe": _either,
         "verify": lambda user, system: "always" if "always" in (user, system) else "changed",
         "memory_check": _either,
-        "memory_reserve": max,
+        # 0 is as much as suits the machine, which a few bytes must not undo.
+        "memory_reserve": lambda user, system: max(user, system) if system else 0,
         "memory_budget": _least,
         "idle_unload": _least,
         "allow_pull": _both,
@@ -67,6 +72,9 @@ STRICTER: Mapping[type[Configurable], Mapping[str, Callable[[Any, Any], Any]]] =
 are layers of their own."""
 
 
+_RULING = ("ShimmyPolicy", "ShimmyLimits", "ShimmyAudit")
+
+
 def bounded(kind: Any, config: Config, system: Config) -> Any:
     """An instance with what holds. Raises TraitError."""
     found, ceiling = kind(config=config), kind(config=system)
@@ -74,9 +82,15 @@ def bounded(kind: Any, config: Config, system: Config) -> Any:
         rule = STRICTER.get(kind, {}).get(name)
         if rule is not None:
             setattr(found, name, rule(getattr(found, name), getattr(ceiling, name)))
-    if kind is ShimmyPolicy and kind.__name__ in system:
+    if kind is ShimmyPolicy and any(name in system for name in _RULING):
         # Or whoever may not pull would name himself an administrator.
         found.admins, found.admin_groups = ceiling.admins, ceiling.admin_groups
+    if kind is ShimmyAudit and kind.__name__ in system:
+        # Or whoever is recorded would say where, for how long, and what of others.
+        for name in ("path", "record_content", "retention"):
+            setattr(found, name, getattr(ceiling, name))
+    if kind is ShimmyModels and {"pull_hosts", "hub"} & system.get(kind.__name__, {}).keys():
+        found.hub = ceiling.hub  # it is a host to pull from
     return found
 
 

@@ -5,11 +5,14 @@ Several policies can hold at once, an administrator's and a user's: then all of 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
-from ..types import CompletionRequest, Message, Principal
+from ..types import ChatOptions, CompletionRequest, Message, Principal
 
 ACTIONS = ("use", "load", "unload", "pull", "probe", "verify")
 FEATURES = (
@@ -48,6 +51,9 @@ class Decision:
 
 
 ALLOWED = Decision(True)
+_OF_REASONING = re.compile("think|reason", re.IGNORECASE)
+_DUPLICATE = re.compile(r"^(.+)@[0-9a-f]{8}$")
+"""A second file of the same name: what denies the name denies it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,10 @@ class Rule:
             return True
         return principal.name in self.users or not set(principal.groups).isdisjoint(self.groups)
 
-    def covers(self, model: str) -> bool:
+    def covers(self, model: str, *, any_case: bool = False) -> bool:
+        if any_case:  # a hub finds its repositories so
+            model = model.lower()
+            return any(fnmatchcase(model, pattern.lower()) for pattern in self.models)
         return any(fnmatchcase(model, pattern) for pattern in self.models)
 
 
@@ -83,10 +92,15 @@ class Policy:
     ceilings: Mapping[str, float] = field(default_factory=dict)
     features: frozenset[str] = frozenset(FEATURES)
 
-    def decide(self, principal: Principal, action: str, model: str) -> Decision:
+    def decide(
+        self, principal: Principal, action: str, model: str, also: Sequence[str] = ()
+    ) -> Decision:
+        """What has a name of `also`, too, is denied under any of them, and allowed under the first."""
         rules = [rule for rule in self.rules if action in rule.actions]
         concerning = [r for r in rules if r.concerns(principal) and r.covers(model)]
-        if any(not rule.allow for rule in concerning):
+        names = [model, *also, *_DUPLICATE.findall(model)]
+        denying = [r for r in rules if not r.allow and r.concerns(principal)]
+        if any(rule.covers(name, any_case=action == "pull") for rule in denying for name in names):
             return Decision(False, f"you may not {action} {model[:128]!r} here", "model")
         if any(rule.allow for rule in rules) and not concerning:
             return Decision(
@@ -103,9 +117,11 @@ class Policy:
 Policies = Sequence[Policy]
 
 
-def decide(policies: Policies, principal: Principal, action: str, model: str) -> Decision:
+def decide(
+    policies: Policies, principal: Principal, action: str, model: str, also: Sequence[str] = ()
+) -> Decision:
     """Whether all of them allow it."""
-    return _all(policy.decide(principal, action, model) for policy in policies)
+    return _all(policy.decide(principal, action, model, also) for policy in policies)
 
 
 def feature(policies: Policies, name: str, param: str | None = None) -> Decision:
@@ -153,6 +169,11 @@ def _features(request: CompletionRequest) -> list[tuple[str, str | None]]:
         ("infill", "suffix", bool(request.suffix)),
         ("logprobs", "logprobs", sampling.logprobs is not None),
         ("reasoning", "thinking", bool(chat.thinking) or chat.effort not in (None, "none")),
+        (
+            "reasoning",
+            "chat_template_kwargs",
+            any(v not in (False, 0, "none") for v in _told(chat)),
+        ),
         ("reproducible", "reproducible", request.reproducible),
     ]
     return [(name, param) for name, param, asked in wanted if asked]
@@ -165,9 +186,19 @@ def _figures(request: CompletionRequest) -> list[tuple[str, float | None]]:
         ("max_seconds", request.max_seconds),
         ("min_tokens", sampling.min_tokens),
         ("n", request.n),
-        ("thinking", thinking if type(thinking) is int else None),
+        ("thinking", math.inf if thinking is True else thinking),
+        *(("thinking", math.inf if v is True else v) for v in _told(request.chat) if _counts(v)),
         ("top_logprobs", sampling.logprobs),
     ]
+
+
+def _told(chat: ChatOptions) -> list[Any]:
+    """Values for a template's own variables that are about reasoning."""
+    return [value for name, value in chat.variables.items() if _OF_REASONING.search(name)]
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _within(policies: Policies, name: str, value: float | None) -> Decision:

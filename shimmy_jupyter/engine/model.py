@@ -193,6 +193,10 @@ class LoadedModel:
         before, after, middle = self.facts.infill
         return f"{before}{prefix}{after}{suffix}{middle}"
 
+    def has_adapter(self, path: str) -> bool:
+        """Whether requests can name it already."""
+        return path in self._adapters
+
     async def use_adapter(self, path: str) -> None:
         """See to it that requests can name this LoRA adapter. Raises `ModelLoadFailed`."""
         if path not in self._adapters:

@@ -122,9 +122,12 @@ class Guard:
 
     # What may be
 
-    def check(self, principal: Principal, action: str, model: str) -> None:
+    def check(
+        self, principal: Principal, action: str, model: str, also: Sequence[str] = ()
+    ) -> None:
         """Raises `AccessDenied`."""
-        raise_denied(policy.decide(self.rules.policies, self.rules.known(principal), action, model))
+        known = self.rules.known(principal)
+        raise_denied(policy.decide(self.rules.policies, known, action, model, also))
 
     def allows(self, principal: Principal, action: str, model: str) -> bool:
         known = self.rules.known(principal)
@@ -139,6 +142,13 @@ class Guard:
     async def accounts(self, principal: Principal) -> tuple[Account, ...]:
         """What a request of theirs is counted on; the user's own first."""
         return effective(self.rules.limits, await self._tightened(principal), principal)
+
+    async def count(self, principal: Principal) -> None:
+        """A request that computes no tokens. Raises `RateLimitExceeded`."""
+        accounts = await self.accounts(self.rules.known(principal))
+        found = await counted(self.spending.arrive("", accounts, self.clock()))
+        if found is not None:
+            raise RateLimitExceeded(found.message, limit=found.limit, retry_after=found.retry_after)
 
     async def _tightened(self, principal: Principal) -> Limits:
         # Read once: only this server writes it, or another of the same user's, whose word is heard
@@ -205,10 +215,14 @@ class Guard:
         action: str,
         model: str | None = None,
         detail: Mapping[str, Any] | None = None,
+        names: Sequence[str] = (),
     ) -> None:
-        """Whether this may be done, on record before it is. Raises `AccessDenied`."""
+        """Whether this may be done, on record before it is. Raises `AccessDenied`. `names` are those
+        that it is judged by, where it has others than `model`.
+        """
+        first, *also = names or [model or ""]
         try:
-            self.check(asked.principal, action, model or "")
+            self.check(asked.principal, action, first, also)
         except AccessDenied as error:
             await self.record(asked, action, model, detail, error)
             raise

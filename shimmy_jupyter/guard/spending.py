@@ -10,7 +10,6 @@ much of it was used, it is settled in full, at that moment. On macOS, too; there
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import logging
@@ -28,6 +27,7 @@ from ..audit.writer import StoreFailed, Writer
 from ..core import budgets
 from ..core.budgets import DAY, WINDOW, Refusal, Spent, Standing
 from ..core.limits import Account, Limits, named, parsed
+from .locks import hold, is_at, is_gone, lock_file
 
 T = TypeVar("T")
 
@@ -75,6 +75,8 @@ class Spending:
         self._held: int | None = None
         self._writer = None if path is None else Writer(path, _SCHEMA, opened=self._opened)
         self._file: _File
+        self._owed: dict[str, tuple[Sequence[Account], int]] = {}
+        """What could not be settled, as nothing could be written then."""
 
     @property
     def failure(self) -> str | None:
@@ -124,9 +126,26 @@ class Spending:
         counting = [account for account in accounts if account.limits.counts_tokens]
         if not counting:
             return _done(None)
-        return self._decide(
+        settled = self._decide(
             counting, now, lambda books: budgets.settle(books.values(), request_id, tokens, now)
         )
+
+        def look(done: Future[None]) -> None:
+            if not done.cancelled() and isinstance(done.exception(), StoreFailed):
+                with self._lock:
+                    self._owed[request_id] = counting, tokens
+
+        settled.add_done_callback(look)
+        return settled
+
+    def _settle_owed(self, now: float) -> None:
+        """Or what is open would stay so as long as this server lives."""
+        with self._lock:
+            owed, self._owed = self._owed, {}
+            if self._closed:
+                return
+        for request_id, (accounts, tokens) in owed.items():
+            self.settle(request_id, accounts, tokens, now)
 
     def look(
         self, accounts: Sequence[Account], now: float
@@ -157,12 +176,15 @@ class Spending:
         self._writer.close()
         if self._held is not None:
             os.close(self._held)
-            _lock_file(self._writer.path, self._owner).unlink(missing_ok=True)
+            lock_file(self._writer.path, self._owner).unlink(missing_ok=True)
             self._held = None
 
     def _decide(
         self, accounts: Sequence[Account], now: float, decide: Callable[[budgets.Books], T]
     ) -> Future[T]:
+        if self._owed:
+            self._settle_owed(now)
+
         def work(book: _Book) -> T:
             if abs(now - self._settled) >= _SETTLED_EVERY:
                 book.settle_gone(now)
@@ -200,14 +222,14 @@ class Spending:
         assert self._writer is not None
         self._file = _File(connection, self._writer.path, self._owner)
         self._settled = self._tidied = -math.inf
-        path = _lock_file(self._writer.path, self._owner)
-        if self._held is not None and not _is_at(self._held, path):
+        path = lock_file(self._writer.path, self._owner)
+        if self._held is not None and not is_at(self._held, path):
             os.close(self._held)
             self._held = None
         if self._held is None:
-            self._held = _hold(path)
+            self._held = hold(path)
         for left in path.parent.glob(glob.escape(self._writer.path.name) + ".*.lock"):
-            _is_gone(left)
+            is_gone(left)
 
 
 def _done(result: T) -> Future[T]:
@@ -327,7 +349,7 @@ class _File:
             "SELECT DISTINCT owner FROM reservations WHERE owner != ?", (self._owner,)
         )
         for (owner,) in others.fetchall():
-            if not _is_gone(_lock_file(self._path, owner)):
+            if not is_gone(lock_file(self._path, owner)):
                 continue
             left = self._connection.execute(
                 "SELECT account, id, tokens FROM reservations WHERE owner = ?", (owner,)
@@ -351,49 +373,3 @@ _Book = _Memory | _File
 
 def _changed(before: Mapping[T, int], after: Mapping[T, int]) -> set[T]:
     return set() if before == after else {key for key, _ in before.items() ^ after.items()}
-
-
-def _lock_file(path: Path, owner: str) -> Path:
-    return path.with_name(f"{path.name}.{owner}.lock")
-
-
-def _hold(path: Path) -> int:
-    """A descriptor that has the lock; another server may remove the file while it does not."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            os.close(descriptor)
-            raise
-        if _is_at(descriptor, path):
-            return descriptor
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _is_gone(path: Path) -> bool:
-    """Whether no server has this lock any more; then its file is removed. One that cannot be asked for
-    counts as held.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except OSError as error:
-        return isinstance(error, FileNotFoundError)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        gone = _is_at(descriptor, path)
-        if gone:
-            path.unlink()
-    except OSError:
-        return False
-    else:
-        return gone
-    finally:
-        os.close(descriptor)

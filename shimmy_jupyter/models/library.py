@@ -19,7 +19,7 @@ from .attached import Attached
 from .gguf import GgufFacts
 from .jobs import Job, Jobs, Progress, Report, Stopped, in_thread
 from .lifecycle import ModelPool
-from .references import parse
+from .references import HubReference, UrlReference, parse
 from .resident import ModelStatus
 from .sources import SELF_TEST, Found
 from .suggest import first, fitting, suggestions
@@ -292,9 +292,14 @@ class ModelLibrary:
         """What a repository, an address or a suggestion's name stands for, in one form. Raises
         `InvalidValue` for what can be no model.
         """
+        return str(ModelLibrary.meant(reference))
+
+    @staticmethod
+    def meant(reference: str) -> HubReference | UrlReference:
+        """The same, taken apart."""
         suggested = {one.id: one.reference for one in suggestions()}
         try:
-            return str(parse(suggested.get(reference, reference)))
+            return parse(suggested.get(reference, reference))
         except InvalidValue as error:
             close = difflib.get_close_matches(reference.lower().replace(":", "-"), suggested, n=1)
             hint = f"did you mean the suggestion {close[0]}? " if close else ""

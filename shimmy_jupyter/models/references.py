@@ -69,6 +69,11 @@ class HubReference:
         what = self.file or self.quantisation
         return f"{self.repo}{revision}" + (f":{what}" if what else "")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it is judged by: as it is written, and its repository."""
+        return str(self), self.repo
+
 
 @dataclass(frozen=True, slots=True)
 class UrlReference:
@@ -79,6 +84,11 @@ class UrlReference:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it is judged by: where it is, and what it gets here."""
+        return self.url.partition("?")[0], self.name
 
 
 def parse(text: str) -> HubReference | UrlReference:

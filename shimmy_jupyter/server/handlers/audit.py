@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 _FILTERS = ("user", "model", "outcome", "kind", "action", "request_id")
 _VERIFYING = "shimmy_verifying"
+_READING = "shimmy_reading_audit"
+_AT_ONCE = 2
 
 
 class _AuditHandler(ShimmyHandler):
@@ -38,8 +40,10 @@ class _AuditHandler(ShimmyHandler):
 
     async def read(self, work: Callable[[], T]) -> T:
         """Off the event loop. Raises `AuditUnavailable`, and `InvalidValue` for what cannot be asked."""
+        turns = self.settings.setdefault(_READING, asyncio.Semaphore(_AT_ONCE))
         try:
-            return await asyncio.to_thread(work)
+            async with turns:  # the loop's threads are few, and others' requests need them
+                return await asyncio.to_thread(work)
         except StoreFailed as error:
             raise AuditUnavailable(str(error)) from error
         except ValueError as error:

@@ -55,6 +55,8 @@ SMALL_BODY = 64 << 10
 """Bytes that a route takes which is not for texts."""
 _OF_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")
 """What a page of another site can send without asking."""
+_REMEMBERED = ("_jupyterhub_user", "_cached_hub_user")
+"""Where JupyterHub's provider keeps on a handler what it has said."""
 _FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-Ip")
 
 
@@ -191,8 +193,10 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
         if now < self._look_again:
             return
         self._look_again = now + LOOK_AGAIN_SECONDS
-        before = self.principal.name
+        before = self.principal
         self._jupyter_current_user = None  # else the provider says what it said before
+        for name in _REMEMBERED:
+            self.__dict__.pop(name, None)
         self._accept_kernel_secret()
         user = await ensure_async(self.identity_provider.get_user(self))
         if user is not None:
@@ -200,7 +204,9 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
             allowed = await ensure_async(
                 self.authorizer.is_authorized(self, user, action, resource)
             )
-            if allowed and self.principal.name == before:
+            found = self.principal
+            same = found.name == before.name and set(found.groups) == set(before.groups)
+            if allowed and same and found.admin >= before.admin:
                 return
         raise AccessDenied("not allowed any more: the answer ends here")
 

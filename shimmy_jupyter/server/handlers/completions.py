@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, ClassVar
 
 from jupyter_server.auth.decorator import authorized
@@ -13,7 +14,7 @@ from tornado.iostream import StreamClosedError
 
 from ...completion import Completion
 from ...errors import Cancelled, RateLimitExceeded, ShimmyError
-from ...guard.visit import Visit, result_of
+from ...guard.visit import Result, Visit, result_of
 from ...models.jobs import Progress
 from ...types import CompletionRequest
 from .. import answers
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # importing it would load pydantic at the server's start
     from ..requests import Parsed
 
 _SMALL = 64 * 1024
+_UNREAD_SECONDS = 60.0
+"""For which a client may take in nothing of what it is sent; what it holds is others' too."""
 _NAMED = 20
 """How many ignored fields the header names."""
 
@@ -40,12 +43,15 @@ class _GeneratingHandler(BodyHandler):
     """Streams or writes one completion."""
 
     _completion: Completion | None = None
+    _starting: asyncio.Task[Completion] | None = None
     _gone = False
 
     def on_connection_close(self) -> None:
         # Tornado's own frees a handler whose client hung up amid the body.
         super().on_connection_close()
         self._gone = True
+        if self._starting is not None:
+            self._starting.cancel()
         if self._completion is not None:
             self._completion.close()
 
@@ -61,7 +67,7 @@ class _GeneratingHandler(BodyHandler):
             if parsed.stream:
                 await self._stream(api.writer(parsed, created), parsed.request, visit)
                 return
-            async with await self.service.start(parsed.request, visit=visit) as completion:
+            async with await self._started(parsed.request, visit) as completion:
                 self._completion = completion
                 await self.tell_limits(visit)
                 if not self._gone:
@@ -72,6 +78,22 @@ class _GeneratingHandler(BodyHandler):
         except (StreamClosedError, Cancelled):
             # The client went away; leaving the block frees its sequence.
             self.log.debug("request %s: the client disconnected", self.request_id)
+
+    async def _started(self, request: CompletionRequest, visit: Visit) -> Completion:
+        """Who goes away meanwhile gives up its place. Raises `Cancelled`."""
+        if self._gone:
+            error = Cancelled("the client disconnected")
+            await visit.end(result_of(error))
+            raise error
+        self._starting = asyncio.create_task(self.service.start(request, visit=visit))
+        try:
+            return await self._starting
+        except asyncio.CancelledError as gone:
+            visit.end_later(result_of(gone))  # also where it had not begun
+            if self._gone:
+                raise Cancelled("the client disconnected") from None
+            self._starting.cancel()
+            raise
 
     async def _parsed(self, api: _Api) -> Parsed:
         body = self.take_body()
@@ -108,6 +130,8 @@ class _GeneratingHandler(BodyHandler):
         finally:
             # Where the client went away before it began.
             starting.cancel()
+            if not (starting.done() or visit.ended):
+                visit.end_later(Result("cancelled", Cancelled.code))  # it may not have begun
             if starting.done() and not (starting.cancelled() or starting.exception()):
                 await starting.result().finish(Cancelled("the client disconnected"))
         if not self._gone:
@@ -130,16 +154,24 @@ class _GeneratingHandler(BodyHandler):
         try:
             if self._headers_written:
                 # There is nothing left to transform: past the handler's own buffer.
-                await connection.write(data)
+                await self._read_by_client(connection.write(data))
                 return
             self.set_header("Content-Type", "text/event-stream")
             self.set_header("Cache-Control", "no-cache")
             self.set_header("X-Accel-Buffering", "no")
             self.write(data)
-            await self.flush()
+            await self._read_by_client(self.flush())
         except StreamClosedError:
             # On record as such, also where nobody has told us before.
             raise Cancelled("the client disconnected") from None
+
+    async def _read_by_client(self, sending: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(_UNREAD_SECONDS):
+                await sending
+        except TimeoutError:
+            self.request.connection.stream.close()  # type: ignore[union-attr]
+            raise Cancelled("the client reads nothing") from None
 
 
 class _Api:
