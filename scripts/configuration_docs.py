@@ -38,8 +38,14 @@ LAYERS = {
     ("ShimmyApp", "offline"): "True where either is",
     ("ShimmyApp", "bind_localhost_only"): "True where either is",
     ("ShimmyModels", "verify"): '"always" where either is',
-    ("ShimmyPolicy", "admins"): "the system's, also where it sets another of these",
-    ("ShimmyPolicy", "admin_groups"): "the system's, also where it sets another of these",
+    ("ShimmyEngine", "isolation"): '"process" where either is',
+    ("ShimmyModels", "memory_reserve"): "the greater; the system's 0 stays",
+    ("ShimmyModels", "hub"): "the system's, also where it sets pull_hosts",
+    ("ShimmyPolicy", "admins"): "the system's, also where it sets another ruling value",
+    ("ShimmyPolicy", "admin_groups"): "the system's, also where it sets another ruling value",
+    ("ShimmyAudit", "path"): "the system's, also where it sets another of these",
+    ("ShimmyAudit", "record_content"): "the system's, also where it sets another of these",
+    ("ShimmyAudit", "retention"): "the system's, also where it sets another of these",
     ("ShimmyPolicy", "rules"): "both hold",
     ("ShimmyPolicy", "ceilings"): "both hold",
     ("ShimmyPolicy", "features"): "what both name",
@@ -173,6 +179,8 @@ def beside(owner: str, name: str) -> str:
         return RULES[rule.__name__]
     if owner == "ShimmyLimits":
         return "the lesser"
+    if owner == "ShimmyEngine":
+        return "the user's"
     raise KeyError(f"{owner}.{name}")
 
 

@@ -16,7 +16,13 @@ from traitlets.config import Config
 
 from shimmy_jupyter.config import Settings, files, load_config, load_system_config, settings
 from shimmy_jupyter.config.layers import STRICTER
-from shimmy_jupyter.config.traits import ShimmyAudit, ShimmyLimits, ShimmyModels, ShimmyPolicy
+from shimmy_jupyter.config.traits import (
+    ShimmyAudit,
+    ShimmyEngine,
+    ShimmyLimits,
+    ShimmyModels,
+    ShimmyPolicy,
+)
 from shimmy_jupyter.core.limits import NAMES, Limits, effective
 from shimmy_jupyter.core.policy import ceiling, decide, feature
 from shimmy_jupyter.types import Principal
@@ -37,6 +43,8 @@ def own(found: Settings, who: Principal = ANN) -> Limits:
 
 VALUES: dict[tuple[type, str], tuple[Any, Any, Any, Any]] = {
     # the system's, a looser one, a stricter one, and what holds with that
+    (ShimmyEngine, "isolation"): ("process", "none", "process", "process"),
+    (ShimmyEngine, "public_prefixes"): (["a"], ["a", "b"], [], []),
     (ShimmyModels, "search"): (["home", "ollama"], ["home", "system"], ["home"], ["home"]),
     (ShimmyModels, "probe"): (True, False, True, True),
     (ShimmyModels, "verify"): ("always", "changed", "always", "always"),
@@ -75,6 +83,7 @@ def held(found: Settings, name: str) -> Any:
         "search": [name for name, there in searched.items() if there],
         "verify": "always" if found.verify_always else "changed",
         "pull_hosts": list(found.pull_hosts),
+        "public_prefixes": list(found.public_prefixes),
         "roots": [str(root) for root in places.roots],
         "max_request_size": found.max_request_bytes,
         "admins": sorted(guard.admins),
@@ -224,3 +233,19 @@ def test_files(tmp_path: Path, monkeypatch: Any) -> None:
     assert found.guard.admins == {"root"}
     assert found.guard.audit.path is not None
     assert "max_tokens_per_day" in found.guard.locked
+
+
+@pytest.mark.parametrize(
+    ("user", "system", "holds"),
+    [
+        # Who sets only one of them would not have another diverted.
+        ({"ShimmyAudit": {"path": "/tmp/mine"}}, {"ShimmyAudit": {"fail_closed": True}}, "path"),
+        ({"ShimmyAudit": {"retention": 1}}, {"ShimmyAudit": {"enabled": True}}, "retention"),
+        ({"ShimmyAudit": {"record_content": True}}, {"ShimmyAudit": {"enabled": True}}, "record_content"),
+        ({"ShimmyPolicy": {"admins": ["ann"]}}, {"ShimmyLimits": {"max_queued": 3}}, "admins"),
+        ({"ShimmyModels": {"hub": "https://e.example"}}, {"ShimmyModels": {"pull_hosts": []}}, "hub"),
+        ({"ShimmyModels": {"memory_reserve": 1}}, {"ShimmyModels": {"memory_reserve": 0}}, "memory_reserve"),
+    ],
+)  # fmt: skip
+def test_no_way_round(user: dict[str, Any], system: dict[str, Any], holds: str) -> None:
+    assert held(both(user, system), holds) == held(both({}, system), holds)
