@@ -11,8 +11,10 @@ LOGGERS = (
     "shimmy_jupyter.engine",
     "shimmy_jupyter.engine.child",
     "shimmy_jupyter.engine.vet",
+    "shimmy_jupyter.events",
     "shimmy_jupyter.guard",
     "shimmy_jupyter.llama",
+    "shimmy_jupyter.metrics",
     "shimmy_jupyter.models",
     "shimmy_jupyter.probe",
 )

@@ -25,6 +25,7 @@ from jupyter_server.auth.identity import (
 )
 
 from shimmy_jupyter.errors import AccessDenied
+from shimmy_jupyter.guard.guard import Guard, Rules
 from shimmy_jupyter.server.handlers.base import ShimmyHandler
 from shimmy_jupyter.server.identity import (
     LOCAL,
@@ -272,8 +273,16 @@ def test_the_handler_asks_with_what_jupyter_noted() -> None:
         pass
 
     handler = ShimmyHandler.__new__(ShimmyHandler)
-    handler.application = SimpleNamespace(settings={"identity_provider": Branded()})  # type: ignore[assignment]
+    handler.application = SimpleNamespace(
+        settings={
+            "identity_provider": Branded(),
+            "shimmy_service": SimpleNamespace(guard=Guard(Rules(admins=frozenset({"eve"})))),
+        }
+    )  # type: ignore[assignment]
     handler._current_user = User("ada")
     assert handler.principal == Principal("ada", kind="provider")
     handler._token_authenticated = True  # type: ignore[attr-defined]
     assert handler.principal is LOCAL
+    del handler._token_authenticated
+    handler._current_user = User("eve")
+    assert handler.principal.admin

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from shimmy_jupyter.audit.writer import StoreFailed
 from shimmy_jupyter.core.budgets import DAY, NotReserved, Refusal, Standing
 from shimmy_jupyter.core.limits import Account, Limits
-from shimmy_jupyter.guard import spending
+from shimmy_jupyter.guard import locks, spending
 from shimmy_jupyter.guard.spending import Spending
 
 NOON = 20_000 * DAY + DAY // 2
@@ -494,6 +494,8 @@ class TestFile:
         with opened(path) as store:
             store.reserve("a", ANN, 10, 10, 9, NOON).result(10)
             shutil.rmtree(path.parent)
+            with pytest.raises(StoreFailed):  # it must not go unseen that what was counted is gone
+                store.reserve("b", ANN, 30, 20, 9, NOON).result(10)
             assert store.reserve("b", ANN, 30, 20, 9, NOON).result(10) == 20
             with opened(path) as other:
                 assert used(other, NOON + 1) == (0, 50, 50)
@@ -516,11 +518,11 @@ class TestFile:
 class TestLocks:
     def test_held_and_let_go(self, tmp_path: Path) -> None:
         lock = tmp_path / "limits.sqlite.x.lock"
-        assert spending._is_gone(lock)
-        held = spending._hold(lock)
-        assert not spending._is_gone(lock)
+        assert locks.is_gone(lock)
+        held = locks.hold(lock)
+        assert not locks.is_gone(lock)
         os.close(held)
-        assert spending._is_gone(lock)
+        assert locks.is_gone(lock)
         assert not lock.exists()
 
     def test_one_that_was_removed_before_it_was_held(
@@ -528,7 +530,7 @@ class TestLocks:
     ) -> None:
         """Another server may find the file in the moment before it is locked, and remove it."""
         lock = tmp_path / "limits.sqlite.x.lock"
-        flock, calls = spending.fcntl.flock, 0
+        flock, calls = locks.fcntl.flock, 0
 
         def meanwhile(descriptor: int, how: int) -> None:
             nonlocal calls
@@ -537,10 +539,10 @@ class TestLocks:
                 lock.unlink()
             flock(descriptor, how)
 
-        monkeypatch.setattr(spending.fcntl, "flock", meanwhile)
-        held = spending._hold(lock)
+        monkeypatch.setattr(locks.fcntl, "flock", meanwhile)
+        held = locks.hold(lock)
         assert (calls, lock.exists()) == (2, True)
-        assert not spending._is_gone(lock)
+        assert not locks.is_gone(lock)
         os.close(held)
 
     def test_one_that_was_replaced_before_it_was_looked_at(
@@ -548,20 +550,20 @@ class TestLocks:
     ) -> None:
         lock = tmp_path / "limits.sqlite.x.lock"
         lock.touch()
-        flock = spending.fcntl.flock
+        flock = locks.fcntl.flock
         kept: list[int] = []
 
         def meanwhile(descriptor: int, how: int) -> None:
-            monkeypatch.setattr(spending.fcntl, "flock", flock)
+            monkeypatch.setattr(locks.fcntl, "flock", flock)
             lock.unlink()
-            kept.append(spending._hold(lock))
+            kept.append(locks.hold(lock))
             flock(descriptor, how)
 
-        monkeypatch.setattr(spending.fcntl, "flock", meanwhile)
-        assert not spending._is_gone(lock)
+        monkeypatch.setattr(locks.fcntl, "flock", meanwhile)
+        assert not locks.is_gone(lock)
         assert lock.exists()
         os.close(kept[0])
 
     def test_one_that_cannot_be_looked_at_counts_as_held(self, tmp_path: Path) -> None:
         (tmp_path / "limits.sqlite.x.lock").mkdir()
-        assert not spending._is_gone(tmp_path / "limits.sqlite.x.lock")
+        assert not locks.is_gone(tmp_path / "limits.sqlite.x.lock")
