@@ -37,11 +37,13 @@ class Administration:
 
     async def pull(self, reference: str, asked: Asked, sha256: str | None = None) -> Job:
         meant = self._library.meant(reference)  # the address itself may have secrets in it
+        detail = {"sha256": sha256} if sha256 is not None else None
+        name, *others = meant.names
         try:
+            self._guard.check(asked.principal, "pull", name, others)
             await self._library.check_pulling()
         except AccessDenied as error:
-            await self._guard.record(asked, "pull", str(meant), error=error)
+            await self._guard.record(asked, "pull", str(meant), detail, error)
             raise
-        detail = {"sha256": sha256} if sha256 is not None else None
-        await self._guard.act(asked, "pull", str(meant), detail, meant.names)
+        await self._guard.record(asked, "pull", str(meant), detail)
         return await self._library.pull(reference, asked.principal, sha256)

@@ -215,14 +215,10 @@ class Guard:
         action: str,
         model: str | None = None,
         detail: Mapping[str, Any] | None = None,
-        names: Sequence[str] = (),
     ) -> None:
-        """Whether this may be done, on record before it is. Raises `AccessDenied`. `names` are those
-        that it is judged by, where it has others than `model`.
-        """
-        first, *also = names or [model or ""]
+        """Whether this may be done, on record before it is. Raises `AccessDenied`."""
         try:
-            self.check(asked.principal, action, first, also)
+            self.check(asked.principal, action, model or "")
         except AccessDenied as error:
             await self.record(asked, action, model, detail, error)
             raise

@@ -337,7 +337,7 @@ async def test_what_a_form_of_another_site_could_send(
     server: Any, http_server_client: Any, url: Any, signed_in: Any, ask: Any, kind: str
 ) -> None:
     cookies, xsrf = await signed_in()
-    browser = {"Cookie": cookies, "X-XSRFToken": xsrf}
+    browser = {"Cookie": f"{cookies}; _xsrf={xsrf}", "X-XSRFToken": xsrf}
     for path, method in OURS:
         if method == "GET":
             continue

@@ -260,6 +260,8 @@ def test_no_request_finds_a_defect(
 
     run()
     allowed = {403} if label.endswith(("pull", "probe", "}/verify")) else {200, 202}
+    if label.endswith("pull"):  # most of what is made up names nothing
+        allowed = {400, 403}
     if "/audit" in label:  # nothing is recorded by this server
         allowed = {404}
     assert not positive or allowed & statuses.keys(), statuses
