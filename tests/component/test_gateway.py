@@ -214,6 +214,7 @@ def ask(server: Any, http_server_client: Any, jp_base_url: str, monkeypatch: Any
             sent["Authorization"] = f"Bearer {token}"
         path = "shimmy/v1/chat/completions" if post else "shimmy/api/jobs"
         options = {"method": "POST", "body": chat()} if post else {}
+        sent["Content-Type"] = "application/json"
         try:
             await http_server_client.fetch(f"{jp_base_url}{path}{query}", headers=sent, **options)
         except HTTPClientError as error:
