@@ -256,14 +256,15 @@ class Writer:
                     )
 
     def _check_version(self, connection: sqlite3.Connection) -> None:
+        # In this order: another process that makes the file writes both in one transaction.
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (found,) = connection.execute("PRAGMA user_version").fetchone()
         if found > self._version:
             raise StoreFailed(
                 f"{self.path.name} was written by a newer version of this package: its format is "
                 f"{found}, and {self._version} is the latest known here"
             )
-        others = "SELECT count(*) FROM sqlite_master"
-        if found == 0 and connection.execute(others).fetchone() != (0,):
+        if found == 0 and tables:
             raise StoreFailed(f"{self.path.name} is another program's database")
 
     def _set_journal(self, connection: sqlite3.Connection) -> None:

@@ -68,7 +68,7 @@ class Visit:
     def __init__(self, guard: Guard, asked: Asked) -> None:
         self.asked = asked
         # In a process a request's id is whatever its caller says; two at once may have the same.
-        self._id = uuid.uuid4().hex
+        self._id = f"{asked.request_id}:{uuid.uuid4().hex[:8]}"
         self.ended = False
         self.receipt: Receipt | None = None
         self.model_sha256: str | None = None

@@ -76,7 +76,7 @@ class Metrics(Collector):
             for kind, name in _JOBS.items()
         }
         self.first = _histogram(
-            "time_to_first_token_seconds", "Of each answer, from its submission", _FIRST
+            "time_to_first_token_seconds", "Of each answer, from its arrival", _FIRST
         )
         self.between = _histogram(
             "inter_token_seconds", "Mean time between two tokens, once for each request", _BETWEEN

@@ -221,7 +221,8 @@ def reserved(folder: Path) -> tuple[dict[str, int], int]:
     """Tokens of what is open, by request, and tokens that have been settled."""
     path = folder / "shimmy_jupyter" / "limits.sqlite"
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        rows = dict(connection.execute("SELECT id, tokens FROM reservations").fetchall())
+        found = connection.execute("SELECT id, tokens FROM reservations").fetchall()
+        rows = {id.partition(":")[0]: tokens for id, tokens in found}
         ((settled,),) = connection.execute("SELECT sum(tokens) FROM days").fetchall()
     return rows, settled
 

@@ -92,7 +92,7 @@ async def check_an_answer(service: CompletionService) -> None:
     assert timings.ttft_ms is not None
     assert timings.tokens_per_second is not None
     first = value("time_to_first_token_seconds_sum")
-    assert first == pytest.approx(timings.ttft_ms / 1000)
+    assert first >= timings.ttft_ms / 1000  # from its arrival, not from the engine's
     between = value("inter_token_seconds_sum")
     assert between == pytest.approx(1 / timings.tokens_per_second)
     whole = value("request_seconds_sum", route="completions")

@@ -323,7 +323,7 @@ async def test_the_one_not_used_for_longest_leaves(rig: Rig) -> None:
     small = rig.service(kv_tokens=2048, memory_budget=held + needed["needed"] - 1)
     for name in "abac":
         answers[name] = await ask(small, name)
-    states = {status.file.id: status.state for status in await small.models()}
+    states = {status.file.id: status.state for status in await small.models(ME)}
     assert states == {"a": "loaded", "b": "available", "c": "loaded", "self-test": "available"}
     # Everything at once: nobody is lost, and each is answered by the model that was asked for.
     found = await asyncio.gather(*(ask(small, name) for name in "abcabcabc"))
