@@ -22,6 +22,7 @@ from ..core.policy import Policy
 from ..errors import AccessDenied, AuditUnavailable, RateLimitExceeded, ShimmyError
 from ..types import Principal
 from .asked import Asked
+from .offloop import off_loop
 from .spending import Spending
 
 T = TypeVar("T")
@@ -302,9 +303,8 @@ class Guard:
         now = self.rules.fingerprint()
         try:
             await awaited(ledger.append([]))  # what there is to read is there from then on
-            page = await asyncio.to_thread(
-                ledger.query, Query(kind="act", action="policy"), None, 1
-            )
+            last = Query(kind="act", action="policy")
+            page = await off_loop(lambda: ledger.query(last, None, 1))
             before = page.records[0].get("detail", {}) if page.records else None
             if before != now:
                 asked = Asked(Principal("server", kind="server"), "policy")
@@ -362,9 +362,9 @@ class Guard:
                 await self._quiet.wait()
         while self._tasks:
             await asyncio.wait(self._tasks)
-        await asyncio.to_thread(self.spending.close)
+        await off_loop(self.spending.close)
         if self.ledger is not None:
-            await asyncio.to_thread(self.ledger.close)
+            await off_loop(self.ledger.close)
 
 
 def reason_of(error: BaseException | None) -> str | None:

@@ -28,6 +28,7 @@ from ..errors import (
 from ..types import CompletionRequest, EmbeddingRequest, Message, Usage
 from .asked import Asked, Subject, of_completion, of_embedding
 from .guard import NOTHING, Aside, Guard, counted, raise_denied, reason_of
+from .offloop import off_loop
 
 _LARGE = 64 * 1024
 """Bytes of prompt that are digested off the event loop."""
@@ -143,7 +144,7 @@ class Visit:
             if isinstance(request, CompletionRequest) and size < _LARGE and _is_short(request):
                 found = describe()
             else:
-                found = await asyncio.to_thread(describe)
+                found = await off_loop(describe)
         except StoreFailed as error:
             if self._guard.rules.fail_closed:
                 raise AuditUnavailable("requests cannot be recorded, and have to be") from error
