@@ -237,7 +237,7 @@ GUARDS: tuple[Guard, ...] = (
     Guard(
         "downloads are decided",
         f"{PACKAGE}/administration.py",
-        '        await self._guard.act(asked, "pull", shown, detail)\n',
+        '            self._guard.check(asked.principal, "pull", name, others)\n',
         "",
         POLICY,
     ),
@@ -258,8 +258,8 @@ GUARDS: tuple[Guard, ...] = (
     Guard(
         "deny wins",
         f"{PACKAGE}/core/policy.py",
-        "        if any(not rule.allow for rule in concerning):\n",
-        "        if concerning and not any(rule.allow for rule in concerning):\n",
+        '        if any(rule.covers(name, any_case=action == "pull") for rule in denying for name in names):\n',
+        "        if denying and not any(rule.allow for rule in concerning):\n",
         ("tests/unit/test_policy.py",),
     ),
     Guard(
@@ -349,7 +349,7 @@ GUARDS: tuple[Guard, ...] = (
     Guard(
         "a first token ends the waiting",
         f"{GUARD}/visit.py",
-        "            self._guard.crowd.first_token(self.asked.request_id)\n",
+        "            self._guard.crowd.first_token(self._id)\n",
         "            pass\n",
         LIMITS,
     ),
@@ -580,7 +580,7 @@ GUARDS: tuple[Guard, ...] = (
     Guard(
         "an end is written",
         f"{GUARD}/visit.py",
-        "        writing = guard.write(entries, self.asked.route)\n",
+        "        writing = guard.write(entries, self.asked.route, result.aside)\n",
         "        writing = None\n",
         AUDIT,
     ),
@@ -601,7 +601,7 @@ GUARDS: tuple[Guard, ...] = (
     Guard(
         "an act is written",
         f"{GUARD}/guard.py",
-        '        await self.written(self.write([entry], "act"))\n',
+        '        await self.written(self.write([entry], "act", Aside(reason_of(error))))\n',
         "",
         AUDIT,
     ),
@@ -720,8 +720,8 @@ GUARDS: tuple[Guard, ...] = (
     Guard(
         "a wrong body is on record",
         f"{HANDLERS}/completions.py",
-        "            await visit.end(result_of(error))\n",
-        "",
+        "        except Exception as error:\n            await visit.end(result_of(error))\n",
+        "        except Exception:\n",
         AUDIT,
     ),
     Guard(
