@@ -144,7 +144,7 @@ class TestOrder:
 
         def block(_connection: Any) -> None:
             blocked.set()
-            go.wait()
+            go.wait(15)
 
         done = guard.ledger._writer.submit(block)
         await until(blocked.is_set)
@@ -167,7 +167,7 @@ class TestOrder:
 
         def slow(entries: Any) -> Any:
             if entries[-1].kind == "end":
-                ledger._writer.submit(lambda _connection: (held.set(), go.wait()))
+                ledger._writer.submit(lambda _connection: (held.set(), go.wait(15)))
             return append(entries)
 
         monkeypatch.setattr(ledger, "append", slow)

@@ -25,8 +25,9 @@ from shimmy_jupyter.engine.fake import FakeBackend
 from shimmy_jupyter.errors import RateLimitExceeded
 from shimmy_jupyter.guard.asked import Asked
 from shimmy_jupyter.guard.guard import Guard, Rules
+from shimmy_jupyter.guard.visit import Result
 from shimmy_jupyter.server.handlers import base, completions, embeddings
-from shimmy_jupyter.types import CompletionRequest, EmbeddingFacts, Principal
+from shimmy_jupyter.types import CompletionRequest, EmbeddingFacts, EmbeddingRequest, Principal
 
 from .conftest import (
     MODEL,
@@ -396,7 +397,7 @@ class TestSettled:
 
         def make() -> FakeBackend:
             asked.set()
-            go.wait()
+            go.wait(15)
             return FakeBackend()
 
         fakes.make = make
@@ -469,7 +470,9 @@ class TestSettled:
         ends = await records(guard, kind="end")
         assert [end["outcome"] for end in ends] == ["denied", "denied"]
         gate.release(10)
-        await self.check(guard, PROMPT, 2)
+        spent = [end.get("prompt_tokens", 0) + end.get("tokens_generated", 0) for end in ends]
+        assert sum(spent) in (PROMPT, PROMPT + 1)  # the step in progress is not taken back
+        await self.check(guard, sum(spent), 2)
 
     async def test_the_queue_is_full(self, guard: Guard, ask: Ask, dial: Any, fakes: Fakes) -> None:
         gate = threading.Semaphore(0)
@@ -962,3 +965,50 @@ async def test_the_service_itself_refuses(server: Any, guard: Guard) -> None:
     with pytest.raises(RateLimitExceeded) as caught:
         await service.start(request, visit=service.visit(Asked(ANN, "two")))
     assert caught.value.limit == "max_requests_per_minute"
+
+
+@of_one_process
+class TestTheEnd:
+    """Of the service: what is under way is settled before its files are closed."""
+
+    async def test_waits_for_requests(self, server: Any, guard: Guard) -> None:
+        visit = server.web_app.settings["shimmy_service"].visit(Asked(ANN, "one"))
+        closing = asyncio.ensure_future(guard.close())
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not closing.done()
+        assert await visit.end(Result("cancelled", "cancelled")) is not None
+        await closing
+
+    async def test_waits_for_what_nobody_waits_for(
+        self, server: Any, guard: Guard, monkeypatch: Any
+    ) -> None:
+        done: list[str] = []
+
+        async def work() -> None:
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            done.append("work")
+
+        monkeypatch.setattr(guard.spending, "close", lambda: done.append("closed"))
+        guard.later(work())
+        await guard.close()
+        assert done == ["work", "closed"]
+        monkeypatch.undo()
+
+    async def test_vectors_that_nobody_waits_for(
+        self, server: Any, guard: Guard, fakes: Fakes
+    ) -> None:
+        """Whoever asks the service itself and gives up."""
+        gate = threading.Semaphore(0)
+        fakes.make = lambda: FakeBackend(embedding=VECTORS, gate=gate)
+        guard.rules = Rules(limits=[LimitTable(COUNTED)])
+        service = server.web_app.settings["shimmy_service"]
+        request = EmbeddingRequest("one", ANN, MODEL, (("abc",),), ("input",))
+        asked = asyncio.ensure_future(service.embed(request))
+        await until(lambda: fakes.models and fakes.models[0].active)
+        asked.cancel()
+        gate.release(10)
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        await check_spent(guard, 3)

@@ -39,7 +39,7 @@ LEN = "Return the number of items in a container."
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     models = tmp_path_factory.mktemp("models")
     shape = random_gguf.Shape(layers=4, width=256, heads=8, head_width=32, hidden=1024)
-    random_gguf.write(models / "slow.gguf", shape, seed=3)
+    random_gguf.write(models / "slow.gguf", shape, words=True, seed=3)
     script = ("<think>", "why ", "not", "</think>", "<tool_call>", '{"f": 1}', "</tool_call>")
     random_gguf.write_chain(models / "thinks.gguf", script, template=THINKS)
     with running_server(environment={"SHIMMY_MODEL_PATHS": str(models)}) as running:
