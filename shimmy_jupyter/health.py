@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from .engine.model import LoadedModel
 from .errors import EngineLost, ShuttingDown
 from .guard.guard import Guard
 from .models.memory import available_memory, default_reserve, total_memory
+from .offloop import in_thread
 from .service import CompletionService
 from .types import amount
 
@@ -116,24 +116,10 @@ class Surroundings:
         """What blocking work returns, in a thread of its own. Raises `TimeoutError`."""
         asked = self._asked.get(name)
         if asked is None or asked.done():
-            asked = self._asked[name] = _in_thread(work)
+            asked = self._asked[name] = in_thread(work, "shimmy-health")
         async with asyncio.timeout(self.patience):
             found: T = await asyncio.wrap_future(asked)
         return found
-
-
-def _in_thread(work: Callable[[], T]) -> Future[T]:
-    done: Future[T] = Future()
-    done.set_running_or_notify_cancel()  # who stops waiting does not stop it
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:  # noqa: BLE001  raised where it is waited for
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="shimmy-health", daemon=True).start()
-    return done
 
 
 async def health(service: CompletionService, around: Surroundings | None = None) -> Health:

@@ -8,13 +8,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from .auditing import Auditing
 from .completion import Completion, Echo
 from .engine.embedder import Embedder
 from .engine.model import Encoded, LoadedModel
-from .engine.stream import TokenStream
 from .errors import (
     AccessDenied,
     ContextLengthExceeded,
@@ -33,6 +33,7 @@ from .models.jobs import Progress, Report, unheard
 from .models.library import ModelLibrary
 from .models.lifecycle import ModelPool
 from .models.resident import ModelStatus
+from .submission import Wanted, submitted
 from .types import (
     ChatOptions,
     CompletionRequest,
@@ -41,7 +42,6 @@ from .types import (
     ModelFacts,
     Principal,
     Prompt,
-    Sampling,
     Usage,
 )
 
@@ -75,6 +75,7 @@ class CompletionService:
     ) -> None:
         self.pool, self.library = pool, library
         self.guard = guard or Guard()
+        self.auditing = Auditing(self.guard)
         self.default_max_tokens = default_max_tokens
 
     def visit(self, asked: Asked) -> Visit:
@@ -123,8 +124,8 @@ class CompletionService:
             if max_tokens == 0 and request.sampling.prompt_logprobs is None:
                 return Completion(request, count, visit=visit, echo=echo)
             left = None if limit is None else max(0.0, limit - (clock() - began))
-            wanted = _Wanted(encoded, max_tokens, adapter, left)
-            streams, bell = _submitted(model, request, wanted)
+            wanted = Wanted(encoded, max_tokens, adapter, left)
+            streams, bell = submitted(model, request, wanted)
             return Completion(request, count, streams, bell, visit=visit, echo=echo)
 
     def _digest(self, model: LoadedModel) -> str | None:
@@ -143,9 +144,9 @@ class CompletionService:
     async def _encoded(
         self, request: CompletionRequest, held: AsyncExitStack, report: Report
     ) -> _Prepared:
+        await self._check_loading(request.model, request.principal)
         if request.pin is not None:
             await self.library.attached.hold(request.model, request.adapter, request.pin)
-        await self._check_loading(request.model, request.principal)
         model = await held.enter_async_context(self.pool.use(request.model, report))
         report(_COUNTING)
         if not model.facts.can_generate:
@@ -351,49 +352,3 @@ class CompletionService:
 
 def _turn(before: int) -> Progress:
     return Progress(f"waiting for your turn: {before} of yours before it")
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A request that has become numbers. `adapter` is a path."""
-
-    prompt: Encoded
-    max_tokens: int
-    adapter: str
-    max_seconds: float | None
-
-
-def _submitted(
-    model: LoadedModel, request: CompletionRequest, wanted: _Wanted
-) -> tuple[tuple[TokenStream, ...], asyncio.Event]:
-    """A sequence for each choice, all or none of them. Raises `QueueFull`."""
-    bell = asyncio.Event()
-    streams: list[TokenStream] = []
-    try:
-        for choice in range(request.n):
-            stream = model.submit(
-                request.principal.name,
-                wanted.prompt.tokens,
-                wanted.max_tokens,
-                _of_choice(request, choice, wanted.prompt),
-                request.stop,
-                reproducible=request.reproducible,
-                adapter=wanted.adapter,
-                max_seconds=wanted.max_seconds,
-            )
-            stream.bell = bell
-            streams.append(stream)
-    except BaseException:
-        for stream in streams:
-            stream.close()
-        raise
-    return tuple(streams), bell
-
-
-def _of_choice(request: CompletionRequest, choice: int, prompt: Encoded) -> Sampling:
-    """Choices with a seed have different ones, or they would all be the same."""
-    seed = request.sampling.seed
-    if seed is None and request.reproducible:
-        seed = 0
-    seed = None if seed is None else seed + choice
-    return replace(request.sampling, seed=seed, reasoning=prompt.reasoning)

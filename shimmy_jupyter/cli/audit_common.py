@@ -20,6 +20,7 @@ from traitlets import TraitError
 from ..audit.ledger import Head, Ledger, Query
 from ..audit.records import iso
 from ..audit.writer import StoreFailed
+from ..auditing import month
 from ..notebook.display import clean
 from .follow import said
 
@@ -201,11 +202,7 @@ def _moment(text: str) -> float:
 
 def this_month() -> float:
     """When it began."""
-    return (
-        datetime.fromtimestamp(now(), UTC)
-        .replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-        .timestamp()
-    )
+    return month(now())
 
 
 def between(command: F) -> F:

@@ -20,9 +20,9 @@ from ..core.budgets import Crowd, Standing
 from ..core.limits import NAMES, Account, Limits, LimitTable, effective, named, tightened
 from ..core.policy import Policy
 from ..errors import AccessDenied, AuditUnavailable, RateLimitExceeded, ShimmyError
+from ..offloop import off_loop
 from ..types import Principal
 from .asked import Asked
-from .offloop import off_loop
 from .spending import Spending
 
 T = TypeVar("T")

@@ -25,10 +25,10 @@ from ..errors import (
     RateLimitExceeded,
     ShimmyError,
 )
+from ..offloop import off_loop
 from ..types import CompletionRequest, EmbeddingRequest, Message, Usage
 from .asked import Asked, Subject, of_completion, of_embedding
 from .guard import NOTHING, Aside, Guard, counted, raise_denied, reason_of
-from .offloop import off_loop
 
 _LARGE = 64 * 1024
 """Bytes of prompt that are digested off the event loop."""

@@ -142,6 +142,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Who used what, this month or as asked", "UsageRows", errors=_RECORDED,
         query=(("since", TEXT), ("until", TEXT), ("by", TEXT)),
     ),
+    ("post", "shimmy/api/audit/anchor"): Operation(
+        "What the ledger is now, to be kept elsewhere", "Anchor", "model_requests.Empty",
+        errors=(_OWN, *_RECORDED), optional=True,
+    ),
     ("post", "shimmy/api/audit/verify"): Operation(
         "Whether the ledger is whole", "Verdict", "audit_requests.Verify",
         errors=(_OWN, "queue_full", *_RECORDED), optional=True,

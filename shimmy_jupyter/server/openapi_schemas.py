@@ -260,6 +260,7 @@ SCHEMAS: dict[str, Schema] = {
         open_requests=COUNT,
         anchored=YES,
     ),
+    "Anchor": fields(head=_HEAD),
     "Proof": fields(
         version=COUNT,
         request_id=TEXT,

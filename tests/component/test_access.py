@@ -489,7 +489,7 @@ class TestDenied:
             assert asked in RESOURCES, route
             assert (asked[0] == "execute") == path.endswith(COMPUTES), route
             if asked[0] != "execute" and "nothing" not in path:
-                reads = method == "GET" or path.endswith("audit/verify")
+                reads = method == "GET" or path.endswith(("audit/verify", "audit/anchor"))
                 assert (asked[0] == "read") == reads, route
 
     async def test_one_denial_does_not_decide_the_next_route(

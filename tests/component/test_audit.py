@@ -14,14 +14,17 @@ import csv
 import io
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jupyter_server.auth import IdentityProvider
+from tornado.httpclient import HTTPClientError
 
 from shimmy_jupyter.audit.ledger import Query
 from shimmy_jupyter.audit.verify import verify_receipt
+from shimmy_jupyter.audit.writer import StoreFailed
 from shimmy_jupyter.core.limits import Limits, LimitTable
 from shimmy_jupyter.core.policy import Policy, Rule
 from shimmy_jupyter.engine.fake import FakeBackend
@@ -434,6 +437,7 @@ class TestOff:
             ("api/audit/usage", None),
             (f"api/audit/receipts/{answer.id}", None),
             ("api/audit/verify", {}),
+            ("api/audit/anchor", {}),
         ):
             refused = await ask(path, body, "root!")
             assert refused.error == (404, "not_found", None), path
@@ -570,6 +574,34 @@ class TestShown:
         ):
             assert (await ask("api/audit/verify", body)).error == (400, "invalid_value", param)
         assert (await ask("api/audit/verify", {"x": 1})).error[1] == "unknown_parameter"
+
+    async def test_anchor(self, guard: Guard, ask: Ask, clock: Clock) -> None:
+        await self.three(guard, ask, clock)
+        answer = await ask("api/audit/anchor", {}, who="bob")
+        head = answer.json["head"]
+        assert head["size"] == 7
+        (act,) = await records(guard, request_id=answer.id)
+        assert (act["kind"], act["action"], act["user"]) == ("act", "anchor", "bob")
+        assert (act["outcome"], act["seq"]) == ("accepted", 7)
+        assert act["detail"] == {"size": 7, "root": head["root"]}
+        found = (await ask("api/audit/verify", {"against": head})).json
+        assert (found["ok"], found["anchored"], found["records"]) == (True, True, 8)
+        assert (await ask("api/audit/anchor", {"x": 1})).error[1] == "unknown_parameter"
+
+    @pytest.mark.parametrize("kind", ["csv", "jsonl"])
+    async def test_an_export_that_fails_amid_it_does_not_look_whole(
+        self, guard: Guard, ask: Ask, clock: Clock, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await self.three(guard, ask, clock)
+
+        def broken(*_: Any) -> Iterator[bytes]:
+            yield b"one\n"
+            raise StoreFailed("the disk is gone")
+
+        monkeypatch.setattr("shimmy_jupyter.auditing.export", broken)
+        with pytest.raises(HTTPClientError) as caught:
+            await ask(f"api/audit/export?format={kind}")
+        assert caught.value.code == 599
 
     async def test_looking_changes_nothing(
         self, guard: Guard, ask: Ask, clock: Clock, tmp_path: Path

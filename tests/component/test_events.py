@@ -182,10 +182,9 @@ class TestActs:
         }
 
 
-async def test_a_head(service: Any, jp_serverapp: Any, collector: Collector) -> None:
-    head = Head(3, "ab" * 32, "2026-11-21T10:00:00.000Z")
-    emit_head(jp_serverapp.event_logger, head)
-    assert collector.take(HEAD) == [head.to_json()]
+async def test_a_head(service: Any, jp_fetch: Any, collector: Collector) -> None:
+    answer = await jp_fetch("shimmy", "api", "audit", "anchor", method="POST", body="{}")
+    assert collector.take(HEAD) == [json.loads(answer.body)["head"]]
 
 
 class TestListeners:

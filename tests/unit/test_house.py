@@ -24,14 +24,17 @@ MAY_NEED: dict[str, set[str]] = {
     "models": LOW,
     "engine": LOW | {"core"},
     "audit": LOW,
-    "guard": LOW | {"core", "audit"},
+    "guard": LOW | {"core", "audit", "offloop"},
     "completion": LOW | {"core", "engine", "audit", "guard"},
+    "offloop": set(),
     "administration": LOW | {"models", "guard"},
-    "service": LOW | {"core", "engine", "models", "completion", "guard"},
-    "health": LOW | {"engine", "models", "guard", "audit", "service"},
+    "auditing": LOW | {"audit", "guard", "offloop"},
+    "submission": LOW | {"engine"},
+    "service": LOW | {"core", "engine", "models", "completion", "guard", "auditing", "submission"},
+    "health": LOW | {"engine", "models", "guard", "audit", "service", "offloop"},
     "server": LOW
     | {"core", "engine", "models", "completion", "service", "guard", "audit", "health"}
-    | {"administration"},
+    | {"administration", "auditing"},
     "notebook": LOW,
 }
 EDGE = {"config", "compose", "local", "kernel", "cli", "doctor", "bench", "__init__", "server.app"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .audit import (
+    AuditAnchorHandler,
     AuditExportHandler,
     AuditHandler,
     AuditReceiptHandler,
@@ -59,6 +60,7 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"shimmy/api/audit/export", AuditExportHandler),
     (r"shimmy/api/audit/usage", AuditUsageHandler),
     (r"shimmy/api/audit/verify", AuditVerifyHandler),
+    (r"shimmy/api/audit/anchor", AuditAnchorHandler),
     (r"shimmy/api/audit/receipts/([^/]+)", AuditReceiptHandler),
     (r"shimmy/api/openapi.json", OpenApiHandler),
     (r"shimmy/health", HealthHandler),

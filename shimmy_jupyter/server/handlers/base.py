@@ -224,6 +224,13 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
             return False
         return is_local(here, there)
 
+    def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
+        if self._headers_written and not self._finished:
+            # Ended in good order, an answer that was cut off would look whole.
+            connection: Any = self.request.connection
+            connection.stream.close()
+        super().send_error(status_code, **kwargs)
+
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
         if not isinstance(error, ShimmyError):

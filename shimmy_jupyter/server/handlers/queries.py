@@ -36,11 +36,3 @@ def moment(name: str, text: str | None) -> float | None:
     except (ValueError, OverflowError, OSError):
         raise InvalidValue("a date such as 2026-11-21, or seconds since 1970", param=name) from None
     return seconds
-
-
-def month(now: float) -> float:
-    """When this month began, in UTC."""
-    first = datetime.fromtimestamp(now, UTC).replace(
-        day=1, hour=0, minute=0, second=0, microsecond=0
-    )
-    return first.timestamp()

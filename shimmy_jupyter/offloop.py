@@ -11,10 +11,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def off_loop(work: Callable[[], T]) -> T:
-    """What `work` returns or raises."""
+def in_thread(work: Callable[[], T], name: str) -> Future[T]:
+    """What `work` will return or raise. It cannot be called off; who waits may go."""
     done: Future[T] = Future()
-    done.set_running_or_notify_cancel()  # whoever waits may go; the work goes on
+    done.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
@@ -24,5 +24,10 @@ async def off_loop(work: Callable[[], T]) -> T:
         else:
             done.set_result(result)
 
-    threading.Thread(target=run, name="shimmy-guard", daemon=True).start()
-    return await asyncio.wrap_future(done)
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return done
+
+
+async def off_loop(work: Callable[[], T]) -> T:
+    """What `work` returns or raises."""
+    return await asyncio.wrap_future(in_thread(work, "shimmy-guard"))
