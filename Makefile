@@ -114,7 +114,7 @@ bench-quick: $(VENV)/.bench ## That the benchmark works, on a tiny model; its fi
 
 bench-guard: $(VENV)/.test ## Limits and the ledger under load, two minutes; what the ledger costs
 	$(BIN)/python benchmarks/guard.py
-	$(BIN)/python benchmarks/guard.py --ledger
+	$(BIN)/python benchmarks/ledger_cost.py
 
 report: $(VENV)/.bench ## Make docs/performance.md from the last measurements
 	$(BIN)/python benchmarks/report.py

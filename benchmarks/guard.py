@@ -1,8 +1,7 @@
-"""Whether limits and the ledger hold under load, and what they cost.
+"""Whether limits and the ledger hold under load.
 
     python benchmarks/guard.py [--seconds 120] [--clients 200] [--people 20] [--isolation process]
     python benchmarks/guard.py --quick      10 seconds of 20 clients
-    python benchmarks/guard.py --ledger     what two records cost a request; 100,000 of them
 
 A real server with the bundled model, and people whom JWTs name. Each has several clients that ask
 again at once when they are answered, so that everybody is at their limits all the time: streams and
@@ -14,20 +13,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import http.client
 import itertools
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -38,67 +33,15 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
 
 import stats  # noqa: E402
+from guard_findings import MOST_TOKENS, Findings, Limits, Seen, check_people, stored  # noqa: E402
 from kernel_session import RunningServer, running_server  # noqa: E402
 
-from shimmy_jupyter.audit.ledger import Entry, Ledger, Query  # noqa: E402
 from shimmy_jupyter.audit.verify import verify  # noqa: E402
 
 ISSUER, AUDIENCE, KEY = "https://login.test/realms/lab", "jupyter", "bench"
-WINDOW = 60.0
-MOST_TOKENS = 48
-NEED = 20 + MOST_TOKENS
-"""More than any request here reserves."""
-PATIENCE = 10.0
-"""Seconds after which somebody starves who has budget and clients that ask."""
-FAIR = 0.7
-"""The least that somebody may get of what another gets, with equal limits."""
 QUESTIONS = ("What does len do?", "What does zip do?", "What is a list?", "Say more about that.")
 MODEL = "self-test"
 OUTCOMES = {"ok", "left", "limited", "error: deadline_exceeded"}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of each person."""
-
-    requests: int
-    tokens: int
-    concurrent: int
-    queued: int
-
-    @property
-    def options(self) -> list[str]:
-        return [
-            f"--ShimmyLimits.max_requests_per_minute={self.requests}",
-            f"--ShimmyLimits.max_tokens_per_minute={self.tokens}",
-            f"--ShimmyLimits.max_concurrent={self.concurrent}",
-            f"--ShimmyLimits.max_queued={self.queued}",
-        ]
-
-
-@dataclass
-class Seen:
-    """A request as its client saw it. Times are unix seconds; `mark` is what the ledger has as its cell."""
-
-    user: str
-    mark: str
-    kind: str
-    sent: float
-    ended: float = 0.0
-    outcome: str = ""
-    id: str = ""
-    limit: str = ""
-    """Which one it met, if it did."""
-    events: int = 0
-    usage: dict[str, Any] = field(default_factory=dict)
-    receipt: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def tokens(self) -> int:
-        return int(self.usage.get("total_tokens", 0))
-
-
-# The server
 
 
 class Gateway:
@@ -294,133 +237,6 @@ async def watch(connection: Connection, until: float, problems: list[str]) -> No
 # What must hold
 
 
-class Findings:
-    """What the ledger has of each request, beside what its client saw."""
-
-    def __init__(self, seen: Sequence[Seen], records: Sequence[dict[str, Any]]) -> None:
-        self.seen = seen
-        self.problems: list[str] = []
-        self.begins: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        self.ends: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for record in records:
-            if record["kind"] != "act" and record["user"] != "local":
-                found = self.begins if record["kind"] == "begin" else self.ends
-                found[record.get("cell", "")].append(record)
-
-    def check_accounts(self) -> None:
-        marks = {one.mark for one in self.seen}
-        if strange := (self.begins.keys() | self.ends.keys()) - marks:
-            self.problems.append(f"records of requests that nobody sent: {sorted(strange)[:3]}")
-        for one in self.seen:
-            begins, ends = self.begins[one.mark], self.ends[one.mark]
-            if len(begins) != 1 or len(ends) != 1:
-                self.problems.append(f"{one}: {len(begins)} begin, {len(ends)} end")
-                continue
-            if said := _differs(one, begins[0], ends[0]):
-                self.problems.append(f"{one}: {said}: {ends[0]}")
-        ledger, clients = (
-            sum(
-                _tokens(self.ends[one.mark][0]) if which else one.tokens
-                for one in self.seen
-                if one.outcome == "ok" and self.ends[one.mark]
-            )
-            for which in (True, False)
-        )
-        if ledger != clients:
-            self.problems.append(f"{ledger} tokens in the ledger, {clients} as clients saw it")
-
-    def most(self, user: str) -> dict[str, int]:
-        """Most of requests and of tokens in any 60 seconds: as clients saw it, those that lay wholly
-        within them; as the ledger has it, tokens by when they were settled.
-        """
-        theirs = [one for one in self.seen if one.user == user and one.outcome != "limited"]
-        spans = [(one.sent, one.ended) for one in theirs]
-        settled = [(end := _time(self._end(one)), end, _tokens(self._end(one))) for one in theirs]
-        return {
-            "requests": _most([(*span, 1) for span in spans]),
-            "tokens": _most([(*span, one.tokens) for span, one in zip(spans, theirs, strict=True)]),
-            "tokens_settled": _most(settled),
-        }
-
-    def _end(self, one: Seen) -> dict[str, Any]:
-        return next(iter(self.ends[one.mark]), {"timestamp": "1970-01-01T00:00:00Z"})
-
-    def hunger(self, user: str, limits: Limits, began: float) -> float:
-        """Longest time in seconds without an answer to somebody with a request in progress, or with
-        budget for one, from when the load `began`.
-        """
-        theirs = [one for one in self.seen if one.user == user]
-        charged = sorted(one.sent for one in theirs if one.limit != "max_requests_per_minute")
-        served = [one for one in theirs if one.outcome != "limited"]
-        ends = sorted((_time(self._end(one)), _tokens(self._end(one))) for one in served)
-        spans = [(one.sent, _time(self._end(one))) for one in served]
-        now, last = began, max(one.ended for one in theirs)
-        since, longest = now, 0.0
-        answered = [end for end, _ in ends]
-        while now < last:
-            # A whole second of grace, as amounts count for all of the second in which they came.
-            requests = sum(now - WINDOW - 1 <= sent <= now for sent in charged)
-            tokens = sum(count for end, count in ends if now - WINDOW - 1 <= end <= now)
-            room = requests < limits.requests and tokens + NEED <= limits.tokens
-            busy = any(sent <= now < end for sent, end in spans)
-            came = max((end for end in answered if end <= now), default=since)
-            since = max(since, came) if room or busy else now
-            longest = max(longest, now - since)
-            now += 0.1
-        return longest
-
-
-def _differs(one: Seen, begin: dict[str, Any], end: dict[str, Any]) -> str:
-    """What the records say otherwise than the client saw it."""
-    code = end.get("code")
-    recorded = f"error: {code}" if end["outcome"] == "error" else end["outcome"]
-    # Who leaves does not see how it ended: it may have been over by then.
-    left = {"cancelled", "ok", "limited", "error: deadline_exceeded"}
-    if recorded not in (left if one.outcome == "left" else {one.outcome}):
-        return "another outcome"
-    if {begin["user"], end["user"]} != {one.user}:
-        return "another's"
-    if begin["request_id"] != end["request_id"] or one.id not in ("", end["request_id"]):
-        return "another request id"
-    if one.outcome == "left" and end.get("tokens_generated", 0) < one.events:
-        return "fewer tokens than have been seen"
-    if one.outcome != "ok":
-        return ""
-    counted = (
-        end["prompt_tokens"], end["tokens_generated"], end["cached_tokens"], end["seq"],
-        end["leaf_hash"],
-    )  # fmt: skip
-    told = (
-        one.usage["prompt_tokens"],
-        one.usage["completion_tokens"],
-        one.usage["prompt_tokens_details"]["cached_tokens"],
-        one.receipt["seq"],
-        one.receipt["leaf_hash"],
-    )
-    return "" if counted == told else f"told {told}, recorded {counted}"
-
-
-def _tokens(end: dict[str, Any]) -> int:
-    return int(end.get("prompt_tokens", 0) + end.get("tokens_generated", 0))
-
-
-def _time(record: dict[str, Any]) -> float:
-    return datetime.fromisoformat(record["timestamp"]).timestamp()
-
-
-def _most(spans: Sequence[tuple[float, float, int]]) -> int:
-    return max(
-        (
-            sum(n for begin, end, n in spans if begin >= start and end <= start + WINDOW)
-            for start, _, _ in spans
-        ),
-        default=0,
-    )
-
-
-# Two minutes
-
-
 async def press(server: RunningServer, gateway: Gateway, args: argparse.Namespace) -> Any:
     """What clients saw, what the watcher found, when the load began, and milliseconds of `api/status`
     before it and under it.
@@ -497,36 +313,6 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def stored(path: Path) -> Iterator[dict[str, Any]]:
-    with contextlib.closing(Ledger(path)) as ledger:
-        last = -1
-        while page := ledger.stored(Query(), last):
-            for one in page:
-                yield {**json.loads(one.body or "{}"), "leaf_hash": one.leaf_hash}
-            last = page[-1].seq
-
-
-def check_people(findings: Findings, limits: Limits, began: float) -> dict[str, dict[str, Any]]:
-    say = findings.problems.append
-    rows: dict[str, dict[str, Any]] = {}
-    for user in sorted({one.user for one in findings.seen}):
-        ok = [one for one in findings.seen if one.user == user and one.outcome == "ok"]
-        most = findings.most(user)
-        hunger = findings.hunger(user, limits, began)
-        for name, count in most.items():
-            limit = limits.requests if name == "requests" else limits.tokens
-            if count > limit:
-                say(f"{user}: {count} {name} in 60 s, of {limit}")
-        if hunger > PATIENCE:
-            say(f"{user} had budget, and no answer for {hunger:.1f} s")
-        answers = {"answers": len(ok), "tokens": sum(one.tokens for one in ok)}
-        rows[user] = {**answers, "most": most, "hunger_s": round(hunger, 1)}
-    shares = [row["tokens"] for row in rows.values()]
-    if min(shares) < FAIR * max(shares):
-        say(f"with equal limits, {min(shares)} tokens for one and {max(shares)} for another")
-    return rows
-
-
 def show(found: dict[str, Any]) -> None:
     rows = found["by_person"].values()
 
@@ -573,126 +359,6 @@ def show(found: dict[str, Any]) -> None:
         print(f"{name:<42} {value}")
 
 
-# What the ledger costs
-
-
-def filled(folder: Path, records: int) -> tuple[Path, dict[str, float]]:
-    """A ledger with so many records; seconds to write and to verify them."""
-    path = folder / "audit" / "ledger.sqlite"
-    parameters = {"max_tokens": 64, "temperature": 0.2}
-    began = time.perf_counter()
-    with contextlib.closing(Ledger(path)) as ledger:
-        for first in range(0, records // 2, 500):
-            futures = []
-            for number in range(first, min(first + 500, records // 2)):
-                who, now = f"person-{number % 20:02}", 1.7e9 + number
-                common: dict[str, Any] = {
-                    "user_kind": "gateway", "groups": ("lab",), "client_ip": "127.0.0.1",
-                    "request_path": "/shimmy/v1/chat/completions", "model": MODEL,
-                    "model_sha256": "0" * 64, "parameters": parameters,
-                    "prompt_digest": ledger.digest(str(number), who),
-                }  # fmt: skip
-                numbers: dict[str, Any] = {
-                    "prompt_tokens": 15, "tokens_generated": 11, "cached_tokens": 0,
-                    "duration_ms": 23.4, "time_to_first_token_ms": 5.6, "outcome": "ok",
-                    "output_digest": ledger.digest("answer", who),
-                }  # fmt: skip
-                begin = Entry("begin", f"{number:032x}", now, who, **common)
-                end = Entry("end", f"{number:032x}", now + 0.02, who, **common, **numbers)
-                futures += [ledger.append([begin]), ledger.append([end])]
-            for future in futures:
-                future.result()
-    written = time.perf_counter() - began
-    began = time.perf_counter()
-    verdict = verify(path)
-    assert verdict.ok, verdict
-    assert verdict.records == records
-    seconds = {"write_s": written, "verify_s": time.perf_counter() - began}
-    return path, {**seconds, "file_mib": path.stat().st_size / 2**20}
-
-
-def ask(server: RunningServer, connection: http.client.HTTPConnection) -> float:
-    """Milliseconds of one short answer."""
-    body = json.dumps(
-        {"model": MODEL, "prompt": "What", "max_tokens": 4, "min_tokens": 4, "temperature": 0}
-    )
-    headers = {"Authorization": f"token {server.token}", "Content-Type": "application/json"}
-    began = time.perf_counter()
-    connection.request("POST", "/shimmy/v1/completions", body, headers)
-    answer = connection.getresponse()
-    content = json.loads(answer.read())
-    took = (time.perf_counter() - began) * 1e3
-    assert content["usage"]["completion_tokens"] == 4, content
-    return took
-
-
-def ledger_cost(args: argparse.Namespace) -> dict[str, Any]:
-    """Two servers, of which one records; asked in turn, each time the other one first."""
-    isolation = f"--ShimmyEngine.isolation={args.isolation}"
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        path, seconds = filled(Path(folder), args.records)
-        before = os.getloadavg()
-        servers = [
-            stack.enter_context(running_server(isolation, option))
-            for option in ("--ShimmyAudit.enabled=False", f"--ShimmyAudit.path={path}")
-        ]
-        connections = [
-            http.client.HTTPConnection("localhost", urlsplit(server.url).port, timeout=60)
-            for server in servers
-        ]
-        pairs = list(zip(servers, connections, strict=True))
-        took: list[list[float]] = [[], []]
-        for turn in range(20 + args.pairs):
-            for which in (0, 1) if turn % 2 else (1, 0):
-                one = ask(*pairs[which])
-                if turn >= 20:
-                    took[which].append(one)
-        for connection in connections:
-            connection.close()
-        stack.close()
-        verdict = verify(path)
-    off, on = took
-    slower = statistics.median(b - a for a, b in zip(off, on, strict=True))
-    by_medians = statistics.median(on) - statistics.median(off)
-    problems = []
-    if max(slower, by_medians) >= 5:
-        problems.append(f"the ledger slows the median request by {max(slower, by_medians):.2f} ms")
-    if seconds["verify_s"] >= 10:
-        problems.append(f"{args.records} records took {seconds['verify_s']:.1f} s to verify")
-    # Two of each request, and the policy's.
-    if not verdict.ok or verdict.records != args.records + 2 * (20 + args.pairs) + 1:
-        problems.append(f"the ledger does not verify: {verdict}")
-    return {
-        "isolation": args.isolation,
-        "pairs": args.pairs,
-        "records": args.records,
-        **seconds,
-        "off_ms": stats.spread(off),
-        "on_ms": stats.spread(on),
-        "slower_ms": by_medians,
-        "slower_pairwise_ms": slower,
-        "load_average": [before, os.getloadavg()],
-        "problems": problems,
-    }
-
-
-def show_cost(found: dict[str, Any]) -> None:
-    off, on = found["off_ms"], found["on_ms"]
-    for name, value in (
-        ("isolation", found["isolation"]),
-        ("pairs of requests", found["pairs"]),
-        ("without a ledger, ms, p50 / p95 / p99", [round(v, 2) for v in off.values()]),
-        ("with one, ms, p50 / p95 / p99", [round(v, 2) for v in on.values()]),
-        ("slower at the median", f"{found['slower_ms']:.2f} ms"),
-        ("median of the differences", f"{found['slower_pairwise_ms']:.2f} ms"),
-        (f"{found['records']:,} records: verify", f"{found['verify_s']:.2f} s"),
-        ("to write them, two by two", f"{found['write_s']:.2f} s"),
-        ("their file", f"{found['file_mib']:.0f} MiB"),
-        ("load average before, after", [round(one[0], 2) for one in found["load_average"]]),
-    ):
-        print(f"{name:<42} {value}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120)
@@ -704,15 +370,12 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, default=4)
     parser.add_argument("--queued", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="10 seconds of 20 clients")
-    parser.add_argument("--ledger", action="store_true", help="what the ledger costs, instead")
-    parser.add_argument("--pairs", type=int, default=1000)
-    parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.quick:
         args.seconds, args.clients, args.people = 10.0, 20, 4
-    found = ledger_cost(args) if args.ledger else bench(args)
-    (show_cost if args.ledger else show)(found)
+    found = bench(args)
+    show(found)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -181,6 +181,12 @@ class TestLoading:
             refused = await ask(path, {"model": MODEL, **fields})
             assert refused.error == (403, "policy_denied", "model"), path
             assert "not load it" in refused.json["error"]["message"]
+        pinned = await ask(CHAT, chat(pin={"size": 1, "sha256": "0" * 64}))
+        assert pinned.error == (
+            403,
+            "policy_denied",
+            "model",
+        )  # nothing is read for who may not load
         assert fakes.made == []
         assert (await ask(CHAT, chat(), "bob")).status == 200
         assert (await ask(CHAT, chat())).status == 200
