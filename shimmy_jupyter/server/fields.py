@@ -152,9 +152,15 @@ def _validated(kind: type[_B], data: dict[str, Any]) -> _B:
         first = error.errors(include_url=False, include_context=False)[0]
         if first["type"] == "extra_forbidden":
             name = ".".join(str(part)[:64] for part in first["loc"])
-            raise UnknownParameter("there is no such field here", param=name) from None
+            raise UnknownParameter(_no_such(kind, len(first["loc"])), param=name) from None
         message = _SAID.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         raise InvalidValue(message, param=_field(first["loc"])) from None
+
+
+def _no_such(kind: type[Body], depth: int) -> str:
+    known = [field.alias or name for name, field in kind.model_fields.items()] if depth == 1 else []
+    there = f"; there are {', '.join(known)}" if known else ""
+    return f"there is no such field here{there}"
 
 
 def _field(location: tuple[int | str, ...]) -> str | None:

@@ -33,7 +33,7 @@ from tornado.httpclient import HTTPClientError
 from tornado.websocket import WebSocketHandler
 
 from shimmy_jupyter.server.handlers import ROUTES
-from shimmy_jupyter.server.handlers.audit import AuditVerifyHandler
+from shimmy_jupyter.server.handlers.audit import AuditAnchorHandler, AuditVerifyHandler
 from shimmy_jupyter.server.handlers.base import ShimmyHandler, UnknownRouteHandler, is_local
 from shimmy_jupyter.server.handlers.models import ModelsHandler
 
@@ -225,8 +225,8 @@ _AUTHENTICATED = web.authenticated(_plain).__code__  # type: ignore[attr-defined
 _AUTHORIZED = authorized(action="read", resource="x")(_plain).__code__
 
 
-READS_BY_POST = {UnknownRouteHandler, AuditVerifyHandler}
-"""Their POST changes nothing."""
+READS_BY_POST = {UnknownRouteHandler, AuditVerifyHandler, AuditAnchorHandler}
+"""Their POST changes nothing, but that an anchor is on record."""
 
 
 def unguarded(routes: Routes) -> list[str]:

@@ -573,7 +573,9 @@ class TestShown:
             ({"against": {**head, "root": "x"}}, "root"),
         ):
             assert (await ask("api/audit/verify", body)).error == (400, "invalid_value", param)
-        assert (await ask("api/audit/verify", {"x": 1})).error[1] == "unknown_parameter"
+        unknown = await ask("api/audit/verify", {"x": 1})
+        assert unknown.error[1] == "unknown_parameter"
+        assert unknown.json["error"]["message"].endswith("there are against")
 
     async def test_anchor(self, guard: Guard, ask: Ask, clock: Clock) -> None:
         await self.three(guard, ask, clock)
