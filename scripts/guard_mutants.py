@@ -208,22 +208,43 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         "a kernel's one model is not seen",
-        f"{PACKAGE}/local.py",
-        "                self._service.check_seen(id, me)\n",
+        f"{PACKAGE}/inkernel.py",
+        "        self.service.check_seen(id, _ME)\n",
         "",
         POLICY,
     ),
     Guard(
         "a kernel may not compute",
-        f"{PACKAGE}/local.py",
-        "                self._check_place()\n                parsed",
-        "                parsed",
+        f"{PACKAGE}/inkernel.py",
+        "            self._check_place()\n            return parse",
+        "            return parse",
         POLICY,
+    ),
+    *(
+        Guard(
+            f"a kernel may not {verb}",
+            f"{PACKAGE}/inkernel.py",
+            f"        self._check_place()\n        asked = parse_{name}(call.data)\n",
+            f"        asked = parse_{name}(call.data)\n",
+            POLICY,
+        )
+        for verb, name in (
+            ("count", "tokenize"),
+            ("spell", "detokenize"),
+            ("render", "template"),
+        )
+    ),
+    Guard(
+        "an interrupt ends the work in a kernel",
+        f"{PACKAGE}/local.py",
+        "            future.cancel()  # an interrupt ends the work, too\n",
+        "            pass\n",
+        ("tests/component/test_in_kernel.py",),
     ),
     Guard(
         "a kernel may not load",
-        f"{PACKAGE}/local.py",
-        '                if verb == "load":\n                    self._check_place()\n',
+        f"{PACKAGE}/inkernel.py",
+        '        if verb == "load":\n            self._check_place()\n',
         "",
         POLICY,
     ),

@@ -5,102 +5,97 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import json
-import logging
 import queue
 import threading
-import time
-import uuid
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from concurrent.futures import Future
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, unquote
 
-from .administration import Administration
 from .compose import build_service
 from .config import Settings
-from .errors import AccessDenied, InternalError, NotFound, ShimmyError
-from .guard.asked import Asked
-from .guard.visit import result_of
-from .server import answers
-from .types import Principal
+from .errors import ShimmyError
+from .health import Surroundings
+from .inkernel import InKernel
 
 T = TypeVar("T")
-
-log = logging.getLogger("shimmy_jupyter")
+_Piece = bytes | ShimmyError | None
 
 
 class LocalTransport:
-    """Speaks the HTTP API's bodies and events, so that whoever uses it need not know the difference.
-    Its event loop has a thread of its own: the kernel's is busy running the cell.
+    """Speaks the HTTP API's bodies and events, so that whoever uses it need not know the difference, and
+    both kinds of transport. Its event loop has a thread of its own: the kernel's is busy running the
+    cell.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._service = build_service(settings)
-        self._may_compute = settings.guard.allow_in_kernel
-        self._administration = Administration(self._service.library, self._service.guard)
+    def __init__(self, settings: Settings, labels: Callable[[], Mapping[str, str]] = dict) -> None:
         self._loop = asyncio.new_event_loop()
         # A daemon, and no executor is needed to close: neither may keep the process from ending.
         self._thread = threading.Thread(target=self._loop.run_forever, name="shimmy", daemon=True)
+        self._service = build_service(settings)
+        self._routes = InKernel(
+            self._service,
+            Surroundings(settings.state_folder, settings.memory_reserve),
+            may_compute=settings.guard.allow_in_kernel,
+            labels=labels,
+        )
         self._thread.start()
         atexit.register(self.close)
 
     def get(self, path: str) -> dict[str, Any]:
-        return self._start(self._answer("GET", path, {})).result()
+        return self._waited("GET", path)
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self._start(self._answer("POST", path, body)).result()
+        return self._waited("POST", path, body)
+
+    def put(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self._waited("PUT", path, body)
 
     def delete(self, path: str) -> dict[str, Any]:
-        return self._start(self._answer("DELETE", path, {})).result()
+        return self._waited("DELETE", path)
 
-    async def _answer(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """What the route would; but who waits here waits for everything."""
-        parts = [unquote(part) for part in path.removeprefix("shimmy/").split("/")]
-        if method == "GET":
-            return await self._look(path)
-        library, me = self._service.library, Principal("local")
-        allows = self._service.may_use(me)
-        asked, work = _asked(path), self._administration
-        match (method, *parts):
-            case ("DELETE", "api", "jobs", id):
-                return library.jobs.cancel(id, me).to_json()
-            case ("POST", "api", "models", "discover"):
-                return _read(await answers.library(library, await library.discover(), allows))
-            case ("POST", "api", "models", "pull"):
-                return {"job": (await work.pull(body["model"], asked, body.get("sha256"))).id}
-            case ("POST", "api", "models", id, "load" | "unload" | "probe" | "verify" as verb):
-                if verb == "load":
-                    self._check_place()
-                return {"job": (await getattr(work, verb)(id, asked)).id}
-        raise NotFound(f"there is no {path}")
+    def _waited(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        future = self._start(self._routes.answer(method, path, body))
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # an interrupt ends the work, too
 
-    async def _look(self, path: str) -> dict[str, Any]:
-        library, me = self._service.library, Principal("local")
-        allows = self._service.may_use(me)
-        place, _, query = path.removeprefix("shimmy/").partition("?")
-        match [unquote(part) for part in place.split("/")]:
-            case ["api", "suggestions"]:
-                return await library.suggestions(dict(parse_qsl(query)).get("task"))
-            case ["v1", "models"]:
-                return _read(answers.models(await self._service.models(me)))
-            case ["api", "models"]:
-                found = await library.describe(wait=True)
-                return _read(await answers.library(library, found, allows))
-            case ["api", "models", id]:
-                self._service.check_seen(id, me)
-                return (await library.describe_one(id)).to_json()
-            case ["api", "jobs", id]:
-                return library.jobs.get(id, me).to_json()
-        raise NotFound(f"there is no {path}")
+    async def request(
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return await asyncio.wrap_future(self._start(self._routes.answer(method, path, body)))
 
     @contextlib.contextmanager
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[Iterable[bytes]]:
         """Events as they are made. Leaving the block cancels the request."""
-        pieces: queue.SimpleQueue[bytes | ShimmyError | None] = queue.SimpleQueue()
-        future = self._start(self._run(path, body, pieces))
+        pieces: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
+        future = self._start(self._run(path, body, pieces.put))
         try:
             yield _until_none(pieces)
+        finally:
+            future.cancel()
+
+    @contextlib.asynccontextmanager
+    async def astream(self, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterable[bytes]]:
+        """The same, for another event loop."""
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[_Piece] = asyncio.Queue()
+
+        def put(piece: _Piece) -> None:
+            with contextlib.suppress(RuntimeError):  # that loop has been closed meanwhile
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        future = self._start(self._run(path, body, put))
+        try:
+            yield _async_until_none(pieces)
         finally:
             future.cancel()
 
@@ -117,57 +112,24 @@ class LocalTransport:
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _check_place(self) -> None:
-        """Raises `AccessDenied` where models answer in a server only."""
-        if not self._may_compute:
-            raise AccessDenied(
-                "ShimmyPolicy.allow_in_kernel is off: a model answers in a Jupyter server only"
-            )
-
-    async def _run(
-        self,
-        path: str,
-        body: dict[str, Any],
-        pieces: queue.SimpleQueue[bytes | ShimmyError | None],
-    ) -> None:
-        from .server import requests
-
-        chat = path == "shimmy/v1/chat/completions"
-        parse = requests.parse_chat if chat else requests.parse_completion
-        shape = answers.CHAT if chat else answers.COMPLETION
-        asked = _asked(path, "chat" if chat else "completions")
+    async def _run(self, path: str, body: dict[str, Any], put: Callable[[_Piece], None]) -> None:
         try:
-            visit = self._service.visit(asked)
-            try:
-                self._check_place()
-                parsed = parse(body, asked.request_id, asked.principal)
-            except Exception as error:
-                await visit.end(result_of(error))
-                raise
-            async with await self._service.start(parsed.request, visit=visit) as completion:
-                writer = answers.EventWriter(shape, parsed, int(time.time()))
-                async for piece in writer.events(completion):
-                    pieces.put(piece)
+            await self._routes.stream(path, body, put)
         except ShimmyError as error:
-            pieces.put(error)
-        except Exception as defect:
-            log.exception("a request failed in a way that nobody foresaw")
-            pieces.put(InternalError(f"{type(defect).__name__}: the log says more"))
+            put(error)
         finally:
-            pieces.put(None)
+            put(None)
 
 
-def _asked(path: str, route: str = "act") -> Asked:
-    return Asked(Principal("local"), uuid.uuid4().hex, route, request_path=path)
-
-
-def _until_none(pieces: queue.SimpleQueue[bytes | ShimmyError | None]) -> Iterator[bytes]:
+def _until_none(pieces: queue.SimpleQueue[_Piece]) -> Iterator[bytes]:
     while (piece := pieces.get()) is not None:
         if isinstance(piece, ShimmyError):
             raise piece
         yield piece
 
 
-def _read(body: bytes) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(body)
-    return found
+async def _async_until_none(pieces: asyncio.Queue[_Piece]) -> AsyncIterator[bytes]:
+    while (piece := await pieces.get()) is not None:
+        if isinstance(piece, ShimmyError):
+            raise piece
+        yield piece

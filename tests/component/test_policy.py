@@ -363,8 +363,14 @@ class TestNoKernel:
         ):
             list(b)
         assert "allow_in_kernel" in caught.value.message
-        with pytest.raises(AccessDenied):
-            transport.post(f"shimmy/api/models/{MODEL}/load", {})
+        computing = {
+            "api/models/{MODEL}/load": {},
+            **{path: {"model": MODEL, **fields} for path, fields in USING.items()},
+            "api/detokenize": {"model": MODEL, "tokens": [1]},
+        }
+        for path, fields in computing.items():
+            with pytest.raises(AccessDenied, match="allow_in_kernel"):
+                transport.post("shimmy/" + path.replace("{MODEL}", MODEL), fields)
         with pytest.raises(AccessDenied):
             Magic(transport).ask(f"--model {MODEL} hello")
         assert fakes.made == []

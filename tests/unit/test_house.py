@@ -37,7 +37,18 @@ MAY_NEED: dict[str, set[str]] = {
     | {"administration", "auditing"},
     "notebook": LOW,
 }
-EDGE = {"config", "compose", "local", "kernel", "cli", "doctor", "bench", "__init__", "server.app"}
+EDGE = {
+    "config",
+    "compose",
+    "local",
+    "inkernel",
+    "kernel",
+    "cli",
+    "doctor",
+    "bench",
+    "__init__",
+    "server.app",
+}
 """Composition: these put rooms together and may need any of them."""
 IMPURE = {
     "asyncio", "anyio", "threading", "tornado", "llama_cpp", "time", "os", "pathlib", "io",

@@ -9,15 +9,13 @@ from jupyter_server.auth.decorator import authorized
 from tornado import web
 from tornado.iostream import StreamClosedError
 
-from ...audit.ledger import Query
 from ...auditing import Auditing
 from ...errors import InvalidValue
 from ..events import emit_head
 from .base import ShimmyHandler
 from .body import BodyHandler
-from .queries import moment, number
+from .queries import moment, number, of_records
 
-_FILTERS = ("user", "model", "outcome", "kind", "action", "request_id")
 _TYPES = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl"}
 
 
@@ -26,22 +24,13 @@ class _AuditHandler(ShimmyHandler):
     def auditing(self) -> Auditing:
         return self.service.auditing
 
-    def asked_for(self) -> Query:
-        """Raises `InvalidValue`."""
-        given = {name: self.query(name) for name in _FILTERS}
-        return Query(
-            **given,
-            since=moment("since", self.query("since")),
-            until=moment("until", self.query("until")),
-        )
-
 
 class AuditHandler(_AuditHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:audit")
     async def get(self) -> None:
         cursor, limit = (number(name, self.query(name)) for name in ("cursor", "limit"))
-        page = await self.auditing.page(self.principal, self.asked_for(), cursor, limit)
+        page = await self.auditing.page(self.principal, of_records(self.query), cursor, limit)
         await self.finish({"records": page.records, "next_cursor": page.next_cursor})
 
 
@@ -50,7 +39,7 @@ class AuditExportHandler(_AuditHandler):
     @authorized(action="read", resource="shimmy_jupyter:audit")
     async def get(self) -> None:
         kind = self._format(self.query("format"))
-        pieces = self.auditing.exported(self.principal, self.asked_for(), kind)
+        pieces = self.auditing.exported(self.principal, of_records(self.query), kind)
         piece = await anext(pieces, None)
         self.set_header("Content-Type", _TYPES[kind])
         self.set_header("Content-Disposition", f'attachment; filename="shimmy-audit.{kind}"')

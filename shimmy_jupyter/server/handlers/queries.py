@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 
+from ...audit.ledger import Query
 from ...errors import InvalidValue
 
 _LARGEST = 2**53
+_FILTERS = ("user", "model", "outcome", "kind", "action", "request_id")
 
 
 def number(name: str, text: str | None) -> int | None:
@@ -36,3 +39,10 @@ def moment(name: str, text: str | None) -> float | None:
     except (ValueError, OverflowError, OSError):
         raise InvalidValue("a date such as 2026-11-21, or seconds since 1970", param=name) from None
     return seconds
+
+
+def of_records(value: Callable[[str], str | None]) -> Query:
+    """Which records are wanted. Raises `InvalidValue`."""
+    given = {name: value(name) for name in _FILTERS}
+    since, until = (moment(name, value(name)) for name in ("since", "until"))
+    return Query(**given, since=since, until=until)
