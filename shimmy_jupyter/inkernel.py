@@ -162,8 +162,8 @@ class InKernel:
 
         self._check_place()
         asked = parse_template(call.data)
-        text, count = await self.service.rendered(asked.model, asked.prompt, _ME, asked.options)
-        return {"prompt": text, "count": count}
+        found = await self.service.rendered(asked.model, asked.prompt, _ME, asked.options)
+        return {"prompt": found.text, "count": found.count, "cached_tokens": found.cached}
 
     async def listed(self, _call: _Call) -> dict[str, Any]:
         return _read(answers.models(await self.service.models(_ME)))

@@ -60,6 +60,15 @@ class Vectors:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """`count` are its tokens; `cached` of them would not be computed again if it were asked now."""
+
+    text: str
+    count: int
+    cached: int
+
+
 class CompletionService:
     """`default_max_tokens` is what a request gets that does not say how much it wants. Without a guard
     everybody may do everything, and nothing is recorded.
@@ -308,11 +317,13 @@ class CompletionService:
 
     async def rendered(
         self, model: str, prompt: Prompt, principal: Principal, options: ChatOptions = _AS_IT_IS
-    ) -> tuple[str, int]:
-        """A chat as the model's template writes it, and how many tokens that is."""
+    ) -> Rendered:
+        """A chat as the model's template writes it, and its tokens."""
         async with self._for_counting(model, principal) as found:
             text = await found.render(prompt, principal.name, options)
-            return text, len(await found.encode(text, principal.name))
+            tokens = await found.encode(text, principal.name)
+            cached = await found.reusable(tokens, principal.name)
+            return Rendered(text, len(tokens), cached)
 
     async def models(self, principal: Principal) -> list[ModelStatus]:
         """Those that this user can name as a request's `model`."""

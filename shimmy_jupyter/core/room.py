@@ -66,6 +66,11 @@ class Room:
             return "the KV cache has no room for its prompt and max_tokens yet"
         return None
 
+    def reusable(self, prompt: Tokens, owner: Owner) -> int:
+        """How many tokens of a prompt are there already, as far as that can be told before it is placed."""
+        match = self.prefixes.match(prompt, owner, self._live())
+        return match.tokens if match is not None else 0
+
     # Changes
 
     def place(self, sequence: Sequence) -> list[m.Instruction]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from ..errors import InvalidValue
+from ..errors import ContextLengthExceeded, InvalidValue
 
 T = TypeVar("T")
 
@@ -62,3 +62,11 @@ async def in_deep_thread(work: Callable[[], T], text_bytes: int) -> T:
         finally:
             threading.stack_size(before)
     return await asyncio.wrap_future(done)
+
+
+def check_bytes(size: int, param: str) -> None:
+    """Raises `ContextLengthExceeded` for a text that is too long to be tokenized."""
+    if size > MAX_TEXT_BYTES:
+        raise ContextLengthExceeded(
+            f"a text of {size} bytes; at most {MAX_TEXT_BYTES} can be tokenized", param=param
+        )

@@ -32,7 +32,7 @@ from ..types import (
     Sampling,
 )
 from .backend import Backend, LoadSpec, Sharing
-from .deep import MAX_TEXT_BYTES, bounded, in_deep_thread, longest
+from .deep import bounded, check_bytes, in_deep_thread, longest
 from .embedder import Embedder
 from .inputs import batches, ids_of, size_of, texts_of
 from .special import any_of
@@ -151,6 +151,11 @@ class LoadedModel:
         """The prompt's exact tokens. Raises as `prepare` does."""
         return (await self.prepare(prompt, principal, options)).tokens
 
+    async def reusable(self, tokens: tuple[int, ...], principal: str, adapter: str = "") -> int:
+        """How many of a prompt's tokens would not be computed again if it were asked now."""
+        engine, owner = self.engine, (principal, adapter)
+        return await engine.errand(lambda: engine.scheduler.line.room.reusable(tokens, owner))
+
     async def prepare(
         self, prompt: Prompt, principal: str = "", options: ChatOptions = _AS_IT_IS
     ) -> Encoded:
@@ -243,7 +248,7 @@ class LoadedModel:
             if isinstance(one[0], int):
                 self._check_ids(ids_of(one), name)
             else:
-                _check_bytes(size_of(one), name)
+                check_bytes(size_of(one), name)
         asked = tuple(texts_of(one) for one, _ in some if isinstance(one[0], str))
         backend = self.engine.backend
 
@@ -318,7 +323,7 @@ class LoadedModel:
                 f"for this model's context of {context}",
                 param=param,
             )
-        _check_bytes(size, param)
+        check_bytes(size, param)
         return size
 
     def submit(
@@ -389,10 +394,3 @@ class LoadedModel:
                 )
             self._template = ChatTemplate(source, dict(self.facts.special))
         return self._template
-
-
-def _check_bytes(size: int, param: str) -> None:
-    if size > MAX_TEXT_BYTES:
-        raise ContextLengthExceeded(
-            f"a text of {size} bytes; at most {MAX_TEXT_BYTES} can be tokenized", param=param
-        )

@@ -225,7 +225,7 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "TokenIds": fields(tokens=several(COUNT), count=COUNT),
     "Detokenized": fields(text=TEXT),
-    "Rendered": fields(prompt=TEXT, count=COUNT),
+    "Rendered": fields(prompt=TEXT, count=COUNT, cached_tokens=COUNT),
     "Health": fields(
         status=one_of("ok", "degraded", "down"),
         active=COUNT,

@@ -192,7 +192,7 @@ async def test_there_and_back(server: Any, jp_fetch: Any) -> None:
     assert await post(jp_fetch, *DETOKENIZE, tokens=[0xC3]) == {"text": "\ufffd"}
     messages = [{"role": "user", "content": "x"}]
     rendered = await post(jp_fetch, *TEMPLATE, messages=messages)
-    assert rendered == {"prompt": "<user>x\n<assistant>", "count": 19}
+    assert rendered == {"prompt": "<user>x\n<assistant>", "count": 19, "cached_tokens": 0}
     counted = await post(jp_fetch, *TOKENIZE, messages=messages)
     assert counted["count"] == 19
 
@@ -269,3 +269,17 @@ async def test_what_does_not_go_with_it(
     body = json.dumps({"model": MODEL, "prompt": "x", "echo": True, **fields})
     status, error = await refused(jp_fetch, *COMPLETIONS, body=body)
     assert (status, error["param"]) == (400, param)
+
+
+async def test_what_would_be_reused(server: Any, jp_fetch: Any) -> None:
+    """As the request then does; another's is not told."""
+    messages = [{"role": "user", "content": "a" * 60}]
+    await jp_fetch(*CHAT, method="POST", body=chat("a" * 60))
+    messages[0]["content"] += "b" * 20
+    rendered = await post(jp_fetch, *TEMPLATE, messages=messages)
+    assert rendered["cached_tokens"] == len("<user>" + "a" * 60)
+    response = await jp_fetch(*CHAT, method="POST", body=chat("a" * 60 + "b" * 20))
+    used = json.loads(response.body)["usage"]
+    assert used["prompt_tokens_details"]["cached_tokens"] == rendered["cached_tokens"]
+    messages[0]["content"] = "b" + "a" * 60
+    assert (await post(jp_fetch, *TEMPLATE, messages=messages))["cached_tokens"] == 0

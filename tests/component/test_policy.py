@@ -375,7 +375,7 @@ class TestNoKernel:
             Magic(transport).ask(f"--model {MODEL} hello")
         assert fakes.made == []
         ends = transport._start(records(transport._service.guard, kind="end")).result()
-        assert [end["code"] for end in ends] == ["policy_denied", "policy_denied"]
+        assert [end["code"] for end in ends] == ["policy_denied"] * 6
 
 
 async def test_the_answer_ends_where_the_policy_changes_nothing(

@@ -373,9 +373,11 @@ class TestPrefixes:
     PROMPT = tuple(range(100))
 
     def ask(self, d: Driver, id: int, prompt: tuple[int, ...], who: str = "a") -> int:
+        foretold = d.scheduler.line.room.reusable(prompt, (who, ""))
         d.handle(m.Submitted(id, who, prompt, 4, GREEDY))
         d.run()
-        return d.ended(id).ended.usage.cached_tokens
+        assert foretold == d.ended(id).ended.usage.cached_tokens
+        return foretold
 
     def test_the_same_again_but_for_its_last_token(self) -> None:
         d = Driver(LARGE)

@@ -57,7 +57,9 @@ class ApplyTemplateHandler(_TokensHandler):
     @authorized(action="execute", resource="shimmy_jupyter:generate")
     async def post(self) -> None:
         asked: token_requests.Tokenize = await self.parsed("parse_template")
-        text, tokens = await self.service.rendered(
+        found = await self.service.rendered(
             asked.model, asked.prompt, self.principal, asked.options
         )
-        await self.finish({"prompt": text, "count": tokens})
+        await self.finish(
+            {"prompt": found.text, "count": found.count, "cached_tokens": found.cached}
+        )
