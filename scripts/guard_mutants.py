@@ -435,7 +435,7 @@ GUARDS: tuple[Guard, ...] = (
         f"{PACKAGE}/service.py",
         "        except asyncio.CancelledError as gone:\n            visit.end_later(result_of(gone))\n            raise\n        except BaseException as error:\n            await visit.end(result_of(error))\n            raise\n\n    async def _started(",
         "        except Exception as error:\n            await visit.end(result_of(error))\n            raise\n\n    async def _started(",
-        LIMITS,
+        ("tests/component/test_in_kernel.py",),
     ),
     Guard(
         "embeddings that fail are ended",

@@ -20,6 +20,7 @@ from jupyter_server.auth import IdentityProvider
 
 from shimmy_jupyter import local
 from shimmy_jupyter.config import Settings
+from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.fake import FakeBackend
 from shimmy_jupyter.errors import Cancelled, NotFound, ShimmyError
 from shimmy_jupyter.inkernel import ROUTES
@@ -27,6 +28,7 @@ from shimmy_jupyter.local import LocalTransport
 from shimmy_jupyter.models.sources import Found
 from shimmy_jupyter.notebook.client import events
 from shimmy_jupyter.server.openapi import OPERATIONS
+from shimmy_jupyter.types import ModelFacts
 
 from .conftest import MODEL, Ask, Fakes, People, chat, new_guard, new_service, records
 
@@ -210,6 +212,24 @@ class TestLeaving:
         with pytest.raises(asyncio.CancelledError):
             await asking
         await self.cancelled(transport, gate)
+
+    async def test_while_the_model_is_loaded(self, transport: LocalTransport, fakes: Fakes) -> None:
+        begun, may_end = threading.Event(), threading.Event()
+
+        class Slow(FakeBackend):
+            def load(self, spec: LoadSpec) -> ModelFacts:
+                begun.set()
+                assert may_end.wait(20)
+                return super().load(spec)
+
+        fakes.make = Slow
+        asking = asyncio.create_task(transport.request("POST", CHAT, ASKED))
+        assert await asyncio.to_thread(begun.wait, 20)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await self.cancelled(transport, threading.Semaphore())
+        may_end.set()
 
     async def test_an_interrupt(
         self, transport: LocalTransport, gate: Any, monkeypatch: pytest.MonkeyPatch
