@@ -70,7 +70,6 @@ CALLS: tuple[tuple[str, str, Any], ...] = (
     ("GET", "shimmy/api/models", None),
     ("POST", "shimmy/api/models/discover", {}),
     ("GET", f"shimmy/api/models/{MODEL}", None),
-    ("POST", f"shimmy/api/models/{MODEL}/unload", {}),
     ("GET", "shimmy/api/suggestions?task=chat", None),
     ("GET", "shimmy/api/jobs", None),
     ("GET", "shimmy/api/limits", None),
@@ -80,6 +79,7 @@ CALLS: tuple[tuple[str, str, Any], ...] = (
     ("POST", "shimmy/api/audit/verify", {}),
     ("POST", "shimmy/api/audit/anchor", {}),
     ("GET", "shimmy/health", None),
+    ("POST", f"shimmy/api/models/{MODEL}/unload", {}),
 )
 WRONG: tuple[tuple[str, str, Any], ...] = (
     ("POST", CHAT, {**ASKED, "temperature": 9}),
