@@ -1,5 +1,16 @@
 """`%load_ext shimmy` and `import shimmy`: another name for `shimmy_jupyter`."""
 
-from shimmy_jupyter import __version__, load_ipython_extension, unload_ipython_extension
+from typing import Any
 
-__all__ = ["__version__", "load_ipython_extension", "unload_ipython_extension"]
+import shimmy_jupyter
+from shimmy_jupyter import API, __version__, load_ipython_extension, unload_ipython_extension
+
+__all__ = ["__version__", "load_ipython_extension", "unload_ipython_extension", *API]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(shimmy_jupyter, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,7 @@
-"""A local language model inside Jupyter. Importing this imports nothing heavy."""
+"""A local language model inside Jupyter. Importing this imports nothing heavy.
+
+What there is for notebooks (`chat`, `stream`, `extract`, …) is in `shimmy_jupyter.api`, and here too.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,24 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
 __version__ = "0.1.0"
+
+API = (
+    "achat", "aclassify", "acomplete", "aembed", "aextract", "amodels", "astream", "atokenize", "chat",
+    "classify", "complete", "embed", "extract", "models", "openai_client", "stream", "tokenize",
+)  # fmt: skip
+"""Taken from `shimmy_jupyter.api` when they are first needed."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in API:
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *API])
 
 
 def _jupyter_server_extension_points() -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from .core.messages import Progress
 from .engine.stream import TokenStream
 from .errors import Cancelled, QueueFull, ShimmyError
 from .guard.visit import Result, Visit, result_of
-from .types import CompletionRequest, Ended, FinishReason, Scored, Timings, Usage
+from .types import CompletionRequest, Ended, FinishReason, MadeBy, Scored, Timings, Usage
 
 _WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -40,11 +40,20 @@ class Echo:
     first: str
 
 
+def settled(request: CompletionRequest, max_tokens: int) -> CompletionRequest:
+    """With what it gets where it does not say."""
+    sampling = request.sampling
+    if sampling.seed is None and request.reproducible:
+        sampling = replace(sampling, seed=0)
+    return replace(request, max_tokens=max_tokens, sampling=sampling)
+
+
 class Completion:
     """Read it; then `endings` holds each choice's reason, and `usage` the exact counts.
 
     It owns its sequences: leaving the `async with` block, or `close`, frees them. `bell` rings when
     something has arrived on one of `streams`, one for each choice; without any, every choice is empty.
+    `request` has what it gets where it did not say, and `made` is what computes it.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class Completion:
         *,
         visit: Visit | None = None,
         echo: Echo | None = None,
+        made: MadeBy | None = None,
     ) -> None:
         self.visit = visit
         self._output: list[str] = []
@@ -63,7 +73,7 @@ class Completion:
         self.request = request
         self.prompt_tokens = prompt_tokens
         self.streams = streams
-        self.echo = echo
+        self.echo, self.made = echo, made
         self._bell = bell or asyncio.Event()
         if visit is not None and streams:
             visit.waits(self._place)

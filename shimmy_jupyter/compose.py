@@ -5,9 +5,7 @@ command line. The only place that names concrete parts of several rooms at once.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from importlib import metadata
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,6 +21,7 @@ from .models.catalog import Catalog, HeaderFacts
 from .models.hashes import Hashes
 from .models.library import ModelLibrary
 from .models.lifecycle import ModelPool
+from .models.machine import this_machine
 from .models.memory import available_memory, default_reserve, total_memory
 from .models.probe import Prober, engine_build
 from .models.sources import Found, Scanner
@@ -81,7 +80,7 @@ def build_service(settings: Settings) -> CompletionService:
     )
     return CompletionService(
         pool,
-        ModelLibrary(pool, vetting, lambda: build_puller(settings), _engine_version()),
+        ModelLibrary(pool, vetting, lambda: build_puller(settings), this_machine()),
         guard=build_guard(settings.guard),
         default_max_tokens=settings.default_max_tokens,
     )
@@ -102,12 +101,6 @@ def build_guard(chosen: GuardSettings) -> Guard:
     )
     ledger = None if audit.path is None else Ledger(audit.path, durable=audit.durable)
     return Guard(rules, Spending(chosen.spending), ledger)
-
-
-def _engine_version() -> str:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version("llama-cpp-python")
-    return ""
 
 
 def build_vetting(settings: Settings) -> Vetting:

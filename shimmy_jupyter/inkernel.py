@@ -18,7 +18,7 @@ from .guard.asked import Asked
 from .guard.visit import Visit, result_of
 from .health import Surroundings, health
 from .server import answers
-from .server.handlers.queries import moment, number, of_records
+from .server.handlers.queries import file_format, moment, number, of_records
 from .service import CompletionService
 from .types import Principal
 
@@ -243,6 +243,17 @@ class InKernel:
 
     async def receipt(self, call: _Call) -> dict[str, Any]:
         return await self.service.auditing.receipt(_ME, *call.parts)
+
+    async def file(self, path: str, put: Callable[[bytes], None]) -> None:
+        """What `audit/export` answers with, in pieces."""
+        place, _, query = path.partition("?")
+        given = dict(parse_qsl(query, keep_blank_values=True))
+        if place != "shimmy/api/audit/export":
+            raise NotFound(f"there is no {place}")
+        async for piece in self.service.auditing.exported(
+            _ME, of_records(given.get), file_format(given.get)
+        ):
+            put(piece)
 
     async def verify(self, call: _Call) -> dict[str, Any]:
         from .server.audit_requests import parse_verify

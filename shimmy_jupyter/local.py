@@ -61,6 +61,15 @@ class LocalTransport:
     def delete(self, path: str) -> dict[str, Any]:
         return self._waited("DELETE", path)
 
+    def fetch(self, path: str) -> Iterator[bytes]:
+        """The pieces of a file."""
+        pieces: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
+        future = self._start(self._put(self._routes.file(path, pieces.put), pieces.put))
+        try:
+            yield from _until_none(pieces)
+        finally:
+            future.cancel()
+
     def _waited(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         future = self._start(self._routes.answer(method, path, body))
         try:
@@ -82,6 +91,14 @@ class LocalTransport:
             yield _until_none(pieces)
         finally:
             future.cancel()
+
+    @property
+    def asynchronous(self) -> Asynchronous:
+        return Asynchronous(self)
+
+    @property
+    def closed(self) -> bool:
+        return not self._thread.is_alive()
 
     @contextlib.asynccontextmanager
     async def astream(self, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterable[bytes]]:
@@ -112,13 +129,26 @@ class LocalTransport:
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _run(self, path: str, body: dict[str, Any], put: Callable[[_Piece], None]) -> None:
+    def _run(
+        self, path: str, body: dict[str, Any], put: Callable[[_Piece], None]
+    ) -> Coroutine[Any, Any, None]:
+        return self._put(self._routes.stream(path, body, put), put)
+
+    @staticmethod
+    async def _put(work: Coroutine[Any, Any, None], put: Callable[[_Piece], None]) -> None:
         try:
-            await self._routes.stream(path, body, put)
+            await work
         except ShimmyError as error:
             put(error)
         finally:
             put(None)
+
+
+class Asynchronous:
+    """The same for whoever awaits it, in any event loop."""
+
+    def __init__(self, local: LocalTransport) -> None:
+        self.request, self.stream = local.request, local.astream
 
 
 def _until_none(pieces: queue.SimpleQueue[_Piece]) -> Iterator[bytes]:

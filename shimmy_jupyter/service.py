@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .auditing import Auditing
-from .completion import Completion, Echo
+from .completion import Completion, Echo, settled
 from .engine.embedder import Embedder
 from .engine.model import Encoded, LoadedModel
 from .errors import (
@@ -121,7 +121,8 @@ class CompletionService:
                 async with asyncio.timeout(limit):
                     await visit.arrive(lambda before: report(_turn(before)))
                     model, encoded, adapter = await self._prepared(request, held, report)
-                    visit.model_sha256 = self._digest(model)
+                    made = self.library.made_by(model, adapter, encoded.tokens)
+                    visit.model_sha256 = made.sha256[0] if made.sha256 else None
                     count = len(encoded.tokens)
                     room = self._room(request, count, model.facts)
                     max_tokens = await visit.reserve(
@@ -130,17 +131,13 @@ class CompletionService:
                     echo = await self._echo(model, request, encoded) if request.echo else None
             except TimeoutError:
                 raise DeadlineExceeded("the request took longer than its max_seconds") from None
+            request = settled(request, max_tokens)
             if max_tokens == 0 and request.sampling.prompt_logprobs is None:
-                return Completion(request, count, visit=visit, echo=echo)
+                return Completion(request, count, visit=visit, echo=echo, made=made)
             left = None if limit is None else max(0.0, limit - (clock() - began))
             wanted = Wanted(encoded, max_tokens, adapter, left)
             streams, bell = submitted(model, request, wanted)
-            return Completion(request, count, streams, bell, visit=visit, echo=echo)
-
-    def _digest(self, model: LoadedModel) -> str | None:
-        """SHA-256 of the bytes that are loaded, where somebody has read them."""
-        vetted = self.pool.entry_of(model).vetted
-        return vetted.digests[0] if vetted is not None and vetted.digests else None
+            return Completion(request, count, streams, bell, visit=visit, echo=echo, made=made)
 
     async def _check_loading(self, id: str, principal: Principal) -> None:
         """Raises `AccessDenied` where a model would have to be loaded for somebody who may not."""
@@ -261,7 +258,7 @@ class CompletionService:
                 # As in `_prepared`.
                 await held.aclose()
                 model, embedder, tokens = await self._inputs(request, held)
-            visit.model_sha256 = self._digest(model)
+            visit.model_sha256 = self.library.digest(model)
             count = sum(map(len, tokens))
             await visit.reserve(count, 0, 0)
             # Also where it is stopped: how much of it had been computed is not known then.

@@ -50,7 +50,5 @@ def submitted(
 def _of_choice(request: CompletionRequest, choice: int, prompt: Encoded) -> Sampling:
     """Choices with a seed have different ones, or they would all be the same."""
     seed = request.sampling.seed
-    if seed is None and request.reproducible:
-        seed = 0
     seed = None if seed is None else seed + choice
     return replace(request.sampling, seed=seed, reasoning=prompt.reasoning)

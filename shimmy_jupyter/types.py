@@ -199,6 +199,30 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class MadeBy:
+    """What computed an answer, as it was when it was loaded. What nobody has looked at is None.
+
+    `sha256` are of the model's files, in order; `chat_template`, `adapter` and `prompt` the SHA-256 of
+    the template's UTF-8, of the adapter's file and of the prompt's token ids, each as 4 bytes, the
+    lowest first; `build` one of the engine's native libraries.
+    """
+
+    sha256: tuple[str, ...] | None
+    quantization: str | None
+    chat_template: str | None
+    adapter: str | None
+    prompt: str
+    engine: str
+    build: str | None
+    cpu: str | None
+    cpu_features: tuple[str, ...]
+    context_size: int
+    kv_type: str
+    threads: int
+    gpu_layers: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """An error as a plain message, so that it can cross a thread or a socket."""
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import hashlib
 import logging
+import struct
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AccessDenied, InvalidValue, ModelLoadFailed
-from ..types import Principal
+from ..types import MadeBy, Principal
 from .attached import Attached
 from .gguf import GgufFacts
 from .jobs import Job, Jobs, Progress, Report, Stopped, in_thread
 from .lifecycle import ModelPool
+from .machine import NOWHERE, Machine
 from .references import HubReference, UrlReference, parse
 from .resident import ModelStatus
 from .sources import SELF_TEST, Found
@@ -71,7 +74,7 @@ class Described:
 
 class ModelLibrary:
     """`vetting` None only where nothing real is loaded. `puller` makes what downloads, when it is first
-    needed, or raises `AccessDenied` where nobody may. `engine` is its version.
+    needed, or raises `AccessDenied` where nobody may. `machine` is what the models run on.
     """
 
     def __init__(
@@ -79,9 +82,10 @@ class ModelLibrary:
         pool: ModelPool[Any],
         vetting: Vetting | None,
         puller: Callable[[], Puller],
-        engine: str = "",
+        machine: Machine = NOWHERE,
     ) -> None:
-        self.engine = engine
+        self.engine = machine.engine
+        self._machine = machine
         self.pool, self.jobs = pool, Jobs()
         self.attached: Attached[Any] = Attached(pool, vetting)
         self._vetting = vetting
@@ -221,6 +225,33 @@ class ModelLibrary:
                     fit = vetting.fit(facts, available).to_json()
             described.append(Described(status, facts, digests, fit))
         return described
+
+    # Of models in use
+
+    def digest(self, model: Any) -> str | None:
+        """SHA-256 of the bytes that are loaded, where somebody has read them."""
+        vetted = self.pool.entry_of(model).vetted
+        return vetted.digests[0] if vetted is not None and vetted.digests else None
+
+    def made_by(self, model: Any, adapter: str, prompt: tuple[int, ...]) -> MadeBy:
+        """What an answer to these tokens is made by; `adapter` is its path, "" for none."""
+        entry, facts, machine = self.pool.entry_of(model), model.facts, self._machine
+        vetted, beside = entry.vetted, entry.adapters.get(Path(adapter)) if adapter else None
+        return MadeBy(
+            sha256=(vetted.digests or None) if vetted is not None else None,
+            quantization=vetted.facts.quantisation if vetted is not None else None,
+            chat_template=vetted.facts.chat_template_sha256 if vetted is not None else None,
+            adapter=beside.digest if beside is not None else None,
+            prompt=hashlib.sha256(struct.pack(f"<{len(prompt)}i", *prompt)).hexdigest(),
+            engine=machine.engine,
+            build=machine.build,
+            cpu=machine.cpu,
+            cpu_features=machine.cpu_features,
+            context_size=facts.context_size,
+            kv_type=model.engine.spec.kv_type,
+            threads=facts.threads,
+            gpu_layers=facts.offloaded_layers,
+        )
 
     # Doing
 

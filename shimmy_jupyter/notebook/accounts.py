@@ -21,7 +21,7 @@ def limits(session: Session, given: Arguments, board: Board) -> None:
         found = transport.put("shimmy/api/limits", dict(wanted))
     else:
         found = transport.get("shimmy/api/limits")
-    rows = [("limit", "at most", "used", "left", "until", "")]
+    rows: list[tuple[str, ...]] = [("limit", "at most", "used", "left", "until", "")]
     rows += _limit_rows(found["limits"], found)
     for group, shared in found["shared"].items():
         rows += _limit_rows(shared, found, f"of all in {group}")
@@ -36,7 +36,7 @@ def limits(session: Session, given: Arguments, board: Board) -> None:
 def _limit_rows(
     limits: Mapping[str, Any], found: Mapping[str, Any], whose: str = ""
 ) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, row in limits.items():
         why = found["locked"].get(name, "")
         own = "your own" if name in found["own"] and not whose else ""
@@ -60,7 +60,9 @@ def audit(session: Session, given: Arguments, board: Board) -> None:
 
 def _show(session: Session, given: Arguments, board: Board) -> None:
     found = session.transport.get(f"shimmy/api/audit?limit={given['limit'] or 20}")
-    rows = [("number", "time", "what", "user", "model", "outcome", "in", "out", "ms", "request")]
+    rows: list[tuple[str, ...]] = [
+        ("number", "time", "what", "user", "model", "outcome", "in", "out", "ms", "request")
+    ]
     for record in found["records"]:
         if record.get("erased"):
             rows.append((str(record["seq"]), "", "erased", *[""] * 7))

@@ -13,7 +13,13 @@ from typing import Any, Protocol
 
 import httpx
 
-from ..errors import InternalError, ServerUnreachable, ShimmyError, from_code
+from ..errors import (
+    InternalError,
+    RateLimitExceeded,
+    ServerUnreachable,
+    ShimmyError,
+    from_code,
+)
 
 
 class Transport(Protocol):
@@ -23,7 +29,13 @@ class Transport(Protocol):
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]: ...
 
+    def put(self, path: str, body: dict[str, Any]) -> dict[str, Any]: ...
+
     def delete(self, path: str) -> dict[str, Any]: ...
+
+    def fetch(self, path: str) -> Iterator[bytes]:
+        """The pieces of a file."""
+        ...
 
     def stream(self, path: str, body: dict[str, Any]) -> AbstractContextManager[Iterable[bytes]]:
         """The answer's server-sent events as they arrive. Leaving the block cancels the request."""
@@ -83,15 +95,11 @@ class HttpTransport:
     def __init__(self, server: Server, labels: Callable[[], Mapping[str, str]] = dict) -> None:
         self.server = server
         self._labels = labels
-        uds = {"transport": httpx.HTTPTransport(uds=server.socket)} if server.socket else {}
+        uds: Any = {"transport": httpx.HTTPTransport(uds=server.socket)} if server.socket else {}
         self._client = httpx.Client(
-            base_url="http://localhost/" if server.socket else server.url,
             headers={"Authorization": f"token {server.token}"} if server.token else {},
-            timeout=httpx.Timeout(10.0, read=None),
-            trust_env=False,
-            # The system's certificates, and what SSL_CERT_FILE names, as for other programs.
-            verify=server.url.startswith("https") and ssl.create_default_context(),
-            **uds,  # type: ignore[arg-type]
+            **reached(server),
+            **uds,
         )
 
     def get(self, path: str) -> dict[str, Any]:
@@ -100,50 +108,91 @@ class HttpTransport:
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return self._asked("POST", path, json=body)
 
+    def put(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self._asked("PUT", path, json=body)
+
     def delete(self, path: str) -> dict[str, Any]:
         return self._asked("DELETE", path)
 
     def _asked(self, method: str, path: str, **more: Any) -> dict[str, Any]:
-        with self._errors():
+        with unreachable():
             response = self._client.request(
                 method, path, timeout=30.0, headers=dict(self._labels()), **more
             )
-            self._check(response)
+            check(response)
             return dict(response.json())
+
+    def fetch(self, path: str) -> Iterator[bytes]:
+        with (
+            unreachable(),
+            self._client.stream("GET", path, headers=dict(self._labels())) as response,
+        ):
+            if response.status_code != httpx.codes.OK:
+                response.read()
+            check(response)
+            yield from response.iter_bytes()
 
     @contextlib.contextmanager
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[Iterable[bytes]]:
-        with self._errors(), self._sent(path, body) as response:
+        with unreachable(), self._sent(path, body) as response:
             if response.status_code != httpx.codes.OK:
                 response.read()
-            self._check(response)
+            check(response)
             yield response.iter_bytes()
 
     def _sent(self, path: str, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
         return self._client.stream("POST", path, json=body, headers=dict(self._labels()))
 
-    def _check(self, response: httpx.Response) -> None:
-        if response.is_success:
-            return
-        try:
-            raise _error(response.json())
-        except (ValueError, KeyError, TypeError):
-            reason = "is shimmy-jupyter installed where the server runs?"
-            raise ServerUnreachable(
-                f"the Jupyter server answered {response.status_code}: {reason}"
-            ) from None
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except httpx.TransportError as error:
-            reason = type(error).__name__
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                reason = "its certificate is not trusted here: name the authority in SSL_CERT_FILE"
-            raise ServerUnreachable(
-                f"this kernel's Jupyter server did not answer ({reason})"
-            ) from error
+def reached(server: Server) -> dict[str, Any]:
+    """How a client of httpx reaches this server: settings that every kind of it takes."""
+    return {
+        "base_url": "http://localhost/" if server.socket else server.url,
+        "timeout": httpx.Timeout(10.0, read=None),
+        "trust_env": False,
+        # The system's certificates, and what SSL_CERT_FILE names, as for other programs.
+        "verify": server.url.startswith("https") and ssl.create_default_context(),
+    }
+
+
+def plain_client(server: Server) -> httpx.Client:
+    """For another library that speaks to this server, and knows its address and token itself."""
+    settings = reached(server)
+    del settings["base_url"]
+    if server.socket:
+        settings["transport"] = httpx.HTTPTransport(uds=server.socket)
+    return httpx.Client(**settings)
+
+
+def check(response: httpx.Response) -> None:
+    """Raises the error that an answer carries, or `ServerUnreachable` if it is not one of ours."""
+    if response.is_success:
+        return
+    try:
+        error = _error(response.json())
+    except (ValueError, KeyError, TypeError):
+        reason = "is shimmy-jupyter installed where the server runs?"
+        raise ServerUnreachable(
+            f"the Jupyter server answered {response.status_code}: {reason}"
+        ) from None
+    after = response.headers.get("retry-after", "")
+    if isinstance(error, RateLimitExceeded) and after.isdecimal():
+        error.retry_after = float(after)
+    raise error
+
+
+@contextlib.contextmanager
+def unreachable() -> Iterator[None]:
+    """Raises `ServerUnreachable` where a server is not reached, or no longer."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        reason = type(error).__name__
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            reason = "its certificate is not trusted here: name the authority in SSL_CERT_FILE"
+        raise ServerUnreachable(
+            f"this kernel's Jupyter server did not answer ({reason})"
+        ) from error
 
 
 def _error(body: dict[str, Any]) -> ShimmyError:
@@ -156,12 +205,27 @@ def _error(body: dict[str, Any]) -> ShimmyError:
 def events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The JSON objects of a stream of server-sent events, up to `[DONE]`.
 
-    What a comment says of waiting comes as `{"waiting": {...}, "choices": []}`. Raises the error that the stream carries; a stream that just ends was cut off.
+    What a comment says of waiting comes as `{"waiting": {...}, "choices": []}`. Raises the error that
+    the stream carries; a stream that just ends was cut off.
     """
-    pending = b""
+    blocks = Blocks()
     for chunk in chunks:
-        pending += chunk
-        *whole, pending = pending.split(b"\n\n")
+        yield from blocks.feed(chunk)
+        if blocks.done:
+            return
+    blocks.close()
+
+
+class Blocks:
+    """Server-sent events, however they are cut; `done` after `[DONE]`."""
+
+    def __init__(self) -> None:
+        self._pending = b""
+        self.done = False
+
+    def feed(self, chunk: bytes) -> Iterator[dict[str, Any]]:
+        """What has become whole, as `events` yields it."""
+        *whole, self._pending = (self._pending + chunk).split(b"\n\n")
         for block in whole:
             if block.startswith(b":"):
                 with contextlib.suppress(ValueError):
@@ -169,12 +233,22 @@ def events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
                 continue
             data = block.removeprefix(b"data: ")
             if data == b"[DONE]":
+                self.done = True
                 return
             item = json.loads(data)
             if "error" in item:
                 raise _error(item)
             yield item
-    raise InternalError("the answer was cut off")
+
+    def close(self) -> None:
+        """Raises `InternalError` unless it is done."""
+        if not self.done:
+            raise InternalError("the answer was cut off")
+
+
+def say_inside() -> None:
+    """Once, before a model answers in the kernel itself."""
+    print("shimmy: no Jupyter server started this kernel; the model runs inside it.")
 
 
 class Connection:
@@ -191,12 +265,20 @@ class Connection:
         self._find, self._local, self._labels = find, local, labels
         self._transport: Transport | None = None
 
+    def at_hand(self) -> Transport | None:
+        """What there is without a model in this kernel. None where there is only that, and it has not been
+        asked for yet.
+        """
+        if self._transport is None and self._find() is None:
+            return None
+        return self.transport()
+
     def transport(self) -> Transport:
         if self._transport is None:
             server = self._find()
             if server is not None:
                 self._transport = HttpTransport(server, self._labels)
             else:
-                print("shimmy: no Jupyter server started this kernel; the model runs inside it.")
+                say_inside()
                 self._transport = self._local()
         return self._transport

@@ -1,96 +1,36 @@
-"""`%%shimmy` and `%shimmy`: ask the model, see the answer as it is made."""
+"""`%%shimmy` and `%shimmy`: ask the model, see the answer as it is made, and the commands beside it."""
 
 from __future__ import annotations
 
-import contextlib
-import math
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
-from IPython.core.interactiveshell import InteractiveShell
-from IPython.core.magic import Magics, line_cell_magic, magics_class
-from IPython.display import display, update_display
+from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 from traitlets import Bool, Float, Int, Unicode
 
-from ..errors import InvalidValue, ShimmyError
-from .client import Connection, events
-from .commands import Board, command
-from .display import Answer, Pace, clean
-
-_POLL = 0.2
-_OPTION = re.compile(r"""--([a-z][a-z_-]*)(?:\s*=\s*|\s+)("[^"]*"|'[^']*'|\S+)\s*""")
-_T = TypeVar("_T", int, float)
-
-
-def _number(kind: Callable[[str], _T]) -> Callable[[str, str], _T]:
-    def read(name: str, value: str) -> _T:
-        number: _T | None = None
-        with contextlib.suppress(ValueError):
-            number = kind(value)
-        if number is None or not math.isfinite(number):
-            wanted = "a whole number" if kind is int else "a number"
-            raise InvalidValue(f"{value!r} is not {wanted}", param=f"--{name}")
-        return number
-
-    return read
-
-
-def _word(_name: str, value: str) -> str:
-    return value
-
-
-_OPTIONS: dict[str, Callable[[str, str], Any]] = {
-    "model": _word,
-    "system": _word,
-    "temperature": _number(float),
-    "max-tokens": _number(int),
-    "seed": _number(int),
-}
-
-
-def parse_options(line: str) -> tuple[dict[str, Any], str]:
-    """Options at the line's beginning, and the rest of it as it stands. `--` ends the options.
-
-    Raises `InvalidValue` for an option that is not known or lacks its value.
-    """
-    options: dict[str, Any] = {}
-    rest = line.strip()
-    while rest.startswith("--"):
-        if rest == "--" or rest[2].isspace():
-            return options, rest[2:].strip()
-        match = _OPTION.match(rest)
-        name = (match[1] if match else rest[2:].split("=")[0].split()[0]).replace("_", "-")
-        if name not in _OPTIONS:
-            known = ", ".join(f"--{option}" for option in _OPTIONS)
-            raise InvalidValue(f"there is no such option; there are {known}", param=f"--{name}")
-        if match is None:
-            raise InvalidValue("this option needs a value", param=f"--{name}")
-        value = match[2]
-        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
-        options[name] = _OPTIONS[name](name, value[1:-1] if quoted else value)
-        rest = rest[match.end() :]
-    return options, rest
-
-
-def parse_cell_line(line: str) -> dict[str, Any]:
-    """The first line of a cell: options and at most one model, in any order."""
-    options, rest = parse_options(line)
-    if not rest:
-        return options
-    model, _, after = rest.partition(" ")
-    more, extra = parse_options(after)
-    if extra or "model" in options or "model" in more:
-        raise InvalidValue(
-            f"the first line takes options and one model, not {line.strip()!r}", param="model"
-        )
-    return {**options, **more, "model": model}
-
+from ..errors import ContextLengthExceeded, InvalidValue, ShimmyError
+from . import accounts, completer, managing, mending, talking
+from .arguments import Options, parse_cell
+from .asked import Asked, request
+from .board import Board
+from .client import events
+from .conversation import Exchange
+from .display import clean, inert
+from .grammar import Command, parse_line
+from .helptext import about, usage
+from .provenance import KEY, Kept, of, with_seed
+from .replay import replay
+from .result import Completion
+from .saved import answer_of
+from .session import Session
+from .view import Shown, View
 
 _ASKED = re.compile(r"^(\s*(?:\w+\s*=\s*)?)%shimmy\s+(\S.*\?)\s*$")
+_ASSIGNED = re.compile(r"=\s*(?:%shimmy|get_ipython\(\))")
+_CHAT = "shimmy/v1/chat/completions"
 
 
 def questions_are_not_help(lines: list[str]) -> list[str]:
@@ -110,28 +50,6 @@ def questions_are_not_help(lines: list[str]) -> list[str]:
         for quotes in re.findall(r'"""|\'\'\'', line):
             inside = "" if inside == quotes else inside or quotes
     return changed
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """A request with what a project has pinned for its model. `note` says so beside the answer."""
-
-    body: dict[str, Any]
-    note: str
-    warnings: tuple[str, ...] = ()
-
-
-Resolve = Callable[[dict[str, Any], str, Callable[[], dict[str, Any]]], Resolved | None]
-"""Takes a request, a profile ("" is none in particular), and what lists the server's models. None where
-the request's model is no name that a project has pinned.
-"""
-
-
-def as_it_is(
-    _body: dict[str, Any], _profile: str, _listed: Callable[[], dict[str, Any]]
-) -> Resolved | None:
-    """Where no project has a say."""
-    return None
 
 
 @magics_class
@@ -157,184 +75,259 @@ class ShimmyMagics(Magics):
     stream = Bool(True, help="Show the answer as it is made. False: once, when it is whole.").tag(
         config=True
     )
+    interpolate = Bool(
+        True, help="Put the values of {expressions} into prompts; they run in this kernel."
+    ).tag(config=True)
+    max_history = Int(
+        2,
+        min=0,
+        help="How many earlier questions of this notebook, with their answers, a prompt goes on from.",
+    ).tag(config=True)
 
     def __init__(
         self,
-        shell: InteractiveShell,
-        connection: Connection,
-        resolve: Resolve = as_it_is,
+        session: Session,
         check: Callable[[], None] = lambda: None,
+        draw: Callable[[int], int] = secrets.randbelow,
     ) -> None:
-        super().__init__(shell)
-        self._check = check
-        self.connection = connection
-        self._resolve = resolve
+        super().__init__(session.shell)
+        self.session = session
+        self._check, self._draw = check, draw
         self._warned: set[str] = set()
+        self._shown: Completion | None = None
 
+    @no_var_expand  # braces and dollars are a prompt's own
     @line_cell_magic
-    def shimmy(self, line: str, cell: str | None = None) -> None:
-        """Ask a local language model.
-
-        %shimmy [OPTIONS] PROMPT
-        %%shimmy [MODEL] [OPTIONS]
-        PROMPT, as many lines as you like
-
-        %shimmy models         what there is; with --suggest, what is worth downloading
-        %shimmy pull MODEL     download: OWNER/NAME on Hugging Face, or a suggestion's name
-
-        Options: --model NAME, --system TEXT, --temperature X (0 is greedy),
-        --max-tokens N, --seed N. `%shimmy -- PROMPT` for a prompt that begins with "--".
-        Interrupting the kernel stops the model too.
-        """
-        if cell is None and (run := command(line)) is not None:
-            board = Board(rich=hasattr(self.shell, "kernel"))
-            run(self.connection.transport(), board.show)
-            return
-        if cell is None:
-            options, prompt = parse_options(line)
-        else:
-            options, prompt = parse_cell_line(line), cell.strip()
+    def shimmy(self, line: str, cell: str | None = None) -> Completion | None:
+        if cell is not None:
+            self._check()
+            return self._answer(parse_cell(line), cell.strip("\n"))
+        found = parse_line(line, self.session.names, self.session.variables)
+        if isinstance(found, Command):
+            return self._command(found)
         self._check()
-        if not prompt:
-            raise InvalidValue("there is no prompt: `%shimmy PROMPT`, or write it below `%%shimmy`")
-        self._ask(prompt, options)
+        return self._answer(found.options, found.text)
 
-    def _ask(self, prompt: str, options: dict[str, Any]) -> None:
-        view = _View(rich=hasattr(self.shell, "kernel"), stream=self.stream)
+    def board(self) -> Board:
+        return Board(rich=self.session.rich)
+
+    # Prompts
+
+    def _answer(self, options: Options, prompt: str) -> Completion | None:
+        asked = request(self.session, self, options, prompt)
+        if options.dry_run:
+            talking.dry_run(self.session, self, asked, self.board())
+            return None
+        for line in asked.lines:
+            print(f"shimmy: {clean(line)}")
+        found = self._asked(asked)
+        self.session.conversation.add(Exchange(asked.prompt, found.text, self.session.origin.cell))
+        return self._given(asked, found)
+
+    def _asked(self, asked: Asked) -> Completion:
+        """Streamed onto the screen. Raises what ends it, with what had come shown as such."""
+        body, origin = self._resolved(asked)
+        body = with_seed(body, self._draw)
+        stream = self.stream if asked.options.stream is None else asked.options.stream
+        view = View(rich=self.session.rich, stream=stream, format=asked.format)
+        sent = {**body, "stream": True, "stream_options": {"include_usage": True}}
         try:
-            body = self._body(prompt, options)
-            if resolved := self._resolved(body):
-                body, view.origin = resolved.body, resolved.note
-            transport = self.connection.transport()
-            with transport.stream("shimmy/v1/chat/completions", body) as chunks:
-                view.follow(events(chunks))
+            with self.session.transport.stream(_CHAT, sent) as chunks:
+                gathered = view.follow(events(chunks))
         except KeyboardInterrupt:
             view.end("stopped")
             raise KeyboardInterrupt from None
+        except ContextLengthExceeded as error:
+            if asked.body["messages"][:-1] and not view.empty:
+                view.end("failed")
+            raise self._too_long(error, asked) from None
         except ShimmyError:
-            view.end("failed")
+            if not view.empty:
+                view.end("failed")
             raise
+        made = of(
+            body,
+            gathered.last,
+            gathered.text,
+            gathered.reason or "",
+            reasoning=gathered.reasoning,
+            variable=asked.options.output or "",
+            origin=origin,
+        )
+        kept = {KEY: made.to_json()} if made is not None else {}
+        found = gathered.completion(
+            format=str(asked.format), provenance=kept.get(KEY), origin=origin
+        )
+        view.end(found.note, receipt=str(found.receipt or ""), metadata=kept)
+        if made is not None:
+            number, cell = self.session.remembered.running, self.session.origin.cell
+            self.session.answers.add(Kept(made, gathered.text, number, cell))
+        return found
 
-    def _body(self, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
-        system = options.get("system", self.system)
-        messages = [{"role": "system", "content": system}] if system else []
-        body = {
-            "model": options.get("model", self.model),
-            "messages": [*messages, {"role": "user", "content": prompt}],
-            "temperature": options.get("temperature", self.temperature),
-            "max_tokens": options.get("max-tokens", self.max_tokens),
-            "seed": options.get("seed"),
-            # Whoever names a seed wants the same answer again.
-            "reproducible": True if "seed" in options else None,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        return {name: value for name, value in body.items() if value is not None}
+    def _given(self, asked: Asked, found: Completion) -> Completion | None:
+        """Into the variable, as what its format or its shape makes of it."""
+        if asked.shape is not None:
+            found = replace(found, parsed=asked.shape.read(found))
+        name = asked.options.output
+        if name is not None:
+            plain = asked.shape is None and asked.format in ("markdown", "text")
+            self.session.assign(name, found if plain else found.value)
+        if asked.options.logprobs is not None:
+            shown = found.likely()._repr_mimebundle_()
+            self.board().show(shown["text/plain"], shown["text/html"])
+        return self._returned(found)
 
-    def _resolved(self, body: dict[str, Any]) -> Resolved | None:
-        """By what the project has pinned, where a model is named; else the first is."""
-        if not body["model"]:
-            body["model"] = self._first_model()
+    def _returned(self, found: Completion) -> Completion | None:
+        """For `x = %shimmy …`, and for `Out`. A terminal would print an empty `Out[1]:` for it."""
+        if not self.session.rich and not _ASSIGNED.search(self.session.remembered.sources[-1]):
             return None
-        resolved = self._resolve(body, self.profile, self._listed)
-        for warning in resolved.warnings if resolved is not None else ():
+        return Shown.of(found, self.session.shell)
+
+    def _too_long(self, error: ContextLengthExceeded, asked: Asked) -> ContextLengthExceeded:
+        """With what could be left out."""
+        hints = []
+        if len(asked.body["messages"]) > 2 or self.session.conversation.before(None, 1):
+            hints.append("%shimmy reset forgets what was said before")
+        if asked.options.context is not None:
+            hints.append("a smaller --context, or --leave-out, sends fewer cells")
+        said = "; ".join([error.message, *hints])
+        return ContextLengthExceeded(said, param=error.param, request_id=error.request_id)
+
+    def _resolved(self, asked: Asked) -> tuple[dict[str, Any], str]:
+        """By what the project has pinned, where a model is named; and the note that says so."""
+        if not asked.named:
+            return asked.body, ""
+        profile = asked.options.profile or self.profile
+        resolved = self.session.tools.resolve(asked.body, profile, self.session.listed)
+        if resolved is None:
+            return asked.body, ""
+        for warning in resolved.warnings:
             if warning not in self._warned:
                 self._warned.add(warning)
                 print(f"shimmy: {clean(warning)}")
-        return resolved
+        return resolved.body, resolved.note
 
-    def _listed(self) -> dict[str, Any]:
-        return self.connection.transport().get("shimmy/api/models")
+    # Commands
 
-    def _first_model(self) -> str:
-        transport = self.connection.transport()
-        while (default := transport.get("shimmy/api/models")["default"]) is None:
-            time.sleep(_POLL)  # headers are being read that decide it
-        return str(default)
+    def _command(self, command: Command) -> Completion | None:
+        given, board = command.arguments, self.board()
+        if command.name in _SIMPLE:
+            _SIMPLE[command.name](self.session, given, board)
+            return None
+        own: Callable[[Mapping[str, Any], Board], Completion | None]
+        own = getattr(self, f"_{command.name}")
+        return own(given, board)
+
+    def _use(self, given: Mapping[str, Any], board: Board) -> None:
+        if given["model"] is not None:
+            self.model = self.session.meant(given["model"])
+        board.say(f"this notebook asks {self.model or self.session.default_model()}")
+
+    def _help(self, given: Mapping[str, Any], board: Board) -> None:
+        text = usage() if given["command"] is None else about(given["command"])
+        board.show(text, f"<pre>{inert(text)}</pre>")
+
+    def _version(self, _given: Mapping[str, Any], board: Board) -> None:
+        board.say(*self.session.tools.versions())
+
+    def _doctor(self, _given: Mapping[str, Any], board: Board) -> None:
+        board.say("looking")
+        board.say(*self.session.tools.doctor())
+
+    def _compat(self, given: Mapping[str, Any], board: Board) -> None:
+        """Answer to `%ai` and `%%ai`, too; only ever by this command."""
+        if given["action"] is None:
+            board.say("%shimmy compat ai makes %ai and %%ai shimmy's")
+            return
+        magics = self.session.shell.magics_manager
+        theirs = "ai" in magics.magics["cell"]
+        for kind in ("line", "cell"):
+            magics.register_function(self._bound(), kind, "ai")
+        completer.install(
+            self.session.shell,
+            completer.Remembered(self.session.names_at_hand),
+            self.session.variables,
+            ("shimmy", "ai"),
+        )
+        board.say(
+            "%ai and %%ai are shimmy's now, until the extension is loaded again"
+            + ("; they were another extension's before" if theirs else "")
+        )
+
+    def _bound(self) -> Any:
+        return vars(type(self))["shimmy"].__get__(self)
+
+    def _fix(self, _given: Mapping[str, Any], board: Board) -> Completion | None:
+        error = self.session.remembered.last_error
+        if error is None:
+            raise InvalidValue("no cell of this notebook has failed", param="fix")
+        self._check()
+        model = self.session.meant(self.model) or self.session.default_model()
+        body = {"model": model, "messages": mending.prompt_for(error)}
+        found = self._asked(Asked(body, "", Options(), named=bool(self.model)))
+        code = mending.corrected(found.text)
+        if code is None:
+            board.say("the answer has no corrected cell in it")
+            return self._returned(found)
+        offered = mending.offer(code, self.session.shell, error.source)
+        said = (
+            "nothing would change" if not offered.diff else "the corrected cell is below; not run"
+        )
+        if offered.removed:
+            said += f"; {offered.removed} characters that would hide what it does are left out"
+        board.show(
+            f"{said}\n\n{offered.diff}", f"<p>{inert(said)}</p><pre>{inert(offered.diff)}</pre>"
+        )
+        return self._returned(found)
+
+    def _compare(self, given: Mapping[str, Any], board: Board) -> None:
+        self._check()
+        bodies = []
+        for model in given["models"]:
+            asked = request(self.session, self, Options(model=model), given["prompt"])
+            bodies.append(self._resolved(asked)[0])
+        talking.compare(self.session, bodies, board)
+
+    def _replay(self, given: Mapping[str, Any], board: Board) -> None:
+        which = given["variable"] or ""
+        kept = self.session.answers.get(which)
+        if kept is None and self.session.origin.path is not None:
+            kept = answer_of(self.session.origin.path, which)
+        if kept is None:
+            raise InvalidValue("there is no answer of this notebook to replay", param="variable")
+        self._check()
+        board.say("asking again")
+        outcome = replay(self.session.transport, kept.provenance, kept.text)
+        board.say(*outcome.lines())
+
+    def _lock(self, given: Mapping[str, Any], board: Board) -> None:
+        model = self.session.meant(given["model"] or self.model) or self.session.default_model()
+        board.say(f"reading {model}'s bytes")
+        board.say(*self.session.tools.lock(model, given["alias"] or model, self.session.transport))
+
+    def _bench(self, given: Mapping[str, Any], board: Board) -> None:
+        from .measuring import bench
+
+        model = self.session.meant(given["model"] or self.model) or self.session.default_model()
+        self._check()
+        bench(self.session.transport, model, board)
+
+    def _panel(self, _given: Mapping[str, Any], _board: Board) -> None:
+        from IPython.display import display
+
+        from .panel import panel
+
+        display(panel(self.session.connection.transport))  # type: ignore[no-untyped-call]
 
 
-class _View:
-    """One answer on the screen: an output that is updated, or plain text in a terminal."""
+vars(ShimmyMagics)["shimmy"].__doc__ = usage()
 
-    def __init__(self, *, rich: bool, stream: bool) -> None:
-        self._rich, self._stream = rich, stream
-        self._text = self._reasoning = ""
-        self.origin = ""
-        """Where the model was taken from, for the figures."""
-        self._id: str | None = None
-        self._pace = Pace()
-
-    def follow(self, items: Iterable[dict[str, Any]]) -> None:
-        for text in self._texts(items):
-            self._text += text
-            if not self._stream:
-                continue
-            if not self._rich:
-                print(clean(text), end="", flush=True)
-            elif self._pace.due(time.monotonic()):
-                self._show(Answer(self._text, "", self._reasoning))
-
-    def end(self, note: str) -> None:
-        if self._rich:
-            if self._text or note != "failed":
-                self._show(Answer(self._text, note, self._reasoning))
-        elif self._text:
-            whole = "" if self._stream else clean(self._text)
-            print(f"{whole}\n[{note}]")
-
-    def _wait(self, waiting: dict[str, Any]) -> None:
-        """Say what there is to wait for, where it can be replaced by the answer."""
-        if self._rich and self._stream:
-            self._show(Answer("", waited(waiting)))
-
-    def _texts(self, items: Iterable[dict[str, Any]]) -> Iterator[str]:
-        reason, last = None, {}
-        for item in items:
-            if "waiting" in item:
-                self._wait(item["waiting"])
-                continue
-            for choice in item["choices"]:
-                reason = choice["finish_reason"] or reason
-                self._reasoning += choice["delta"].get("reasoning_content", "")
-                if text := choice["delta"].get("content"):
-                    yield text
-                elif self._reasoning and not self._text:
-                    yield ""
-            last = item
-        self.end(_figures(last, reason, self.origin))
-
-    def _show(self, answer: Answer) -> None:
-        bundle = answer.bundle()
-        if self._id is None:
-            self._id = f"shimmy-{time.time_ns():x}"
-            display(bundle, raw=True, display_id=self._id)  # type: ignore[no-untyped-call]
-        else:
-            update_display(bundle, raw=True, display_id=self._id)  # type: ignore[no-untyped-call]
-        self._pace.shown(time.monotonic(), sum(map(len, bundle.values())))
-        sys.stdout.flush()
-
-
-def waited(waiting: dict[str, Any]) -> str:
-    """What a request without an answer yet is waiting for, in words."""
-    if waiting["state"] == "loading":
-        done, total = waiting["done"], waiting["total"]
-        share = f", {done * 100 // total}%" if total else ""
-        return f"loading the model: {waiting['message']}{share}"
-    if waiting["state"] == "prefill":
-        return f"reading the prompt: {waiting['prompt_done']} of {waiting['prompt_tokens']} tokens"
-    position = waiting["position"]
-    before = f"{position} request{'s' * (position != 1)} before this one; " if position else ""
-    return f"waiting: {before}{waiting['reason']}"
-
-
-def _figures(last: dict[str, Any], reason: str | None, origin: str) -> str:
-    used, timings = last["usage"], last["shimmy"]
-    parts = [str(last["model"]), *filter(None, [origin])]
-    parts.append(f"{used['completion_tokens']} tokens")
-    if timings["tokens_per_second"]:
-        parts.append(f"{timings['tokens_per_second']:.0f} tokens/s")
-    if timings["ttft_ms"] is not None:
-        parts.append(f"first token after {timings['ttft_ms']:.0f} ms")
-    if reason == "length":
-        parts.append("cut off at max_tokens")
-    return " · ".join(parts)
+_SIMPLE: dict[str, Callable[[Session, Mapping[str, Any], Board], None]] = {
+    name: getattr(managing, name)
+    for name in "models pull load unload probe verify alias update dealias".split()
+} | {
+    "limits": accounts.limits,
+    "audit": accounts.audit,
+    "history": talking.history,
+    "reset": talking.reset,
+}

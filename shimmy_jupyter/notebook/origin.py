@@ -26,10 +26,17 @@ class Origin:
 
     def headers(self) -> dict[str, str]:
         """For the record only: whoever asks can write what they like here. Percent-encoded UTF-8."""
-        found = {"x-shimmy-notebook": self._session, "x-shimmy-cell": self._cell()}
+        found = {"x-shimmy-notebook": self._session, "x-shimmy-cell": self.cell}
         return {name: quote(value[:1000], safe="/ ") for name, value in found.items() if value}
 
-    def _cell(self) -> str | None:
+    @property
+    def path(self) -> Path | None:
+        """The notebook's file, where it is known."""
+        return Path(self._session) if self._session else None
+
+    @property
+    def cell(self) -> str | None:
+        """What the front end calls the cell that runs, if it says."""
         kernel = getattr(self._shell, "kernel", None)
         if kernel is None:
             return None

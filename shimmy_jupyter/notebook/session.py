@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
 
-from .board import Board
 from .client import Connection, Transport
 from .conversation import Conversation
 from .origin import Origin
 from .remembered import Remembered
+from .replay import Answers
 
 _POLL = 0.2
 
@@ -48,11 +48,11 @@ def _nowhere(*_: Any) -> list[str]:
 class Tools:
     """What reaches beyond the notebook, by whoever puts it together. Each returns lines to show.
 
-    `lock` takes a name for a model and the model's row of `shimmy/api/models`; `doctor` takes nothing.
+    `lock` takes a model's id, the name that it is to have, and what reaches the server.
     """
 
     resolve: Resolve = as_it_is
-    lock: Callable[[str, dict[str, Any]], list[str]] = _nowhere
+    lock: Callable[[str, str, Transport], list[str]] = _nowhere
     doctor: Callable[[], list[str]] = _nowhere
     versions: Callable[[], list[str]] = list
 
@@ -68,6 +68,7 @@ class Session:
     tools: Tools = field(default_factory=Tools)
     conversation: Conversation = field(default_factory=Conversation)
     aliases: dict[str, str] = field(default_factory=dict)
+    answers: Answers = field(default_factory=Answers)
 
     @property
     def rich(self) -> bool:
@@ -77,9 +78,6 @@ class Session:
     @property
     def transport(self) -> Transport:
         return self.connection.transport()
-
-    def board(self) -> Board:
-        return Board(rich=self.rich)
 
     def listed(self) -> dict[str, Any]:
         return self.transport.get("shimmy/api/models")
@@ -93,14 +91,24 @@ class Session:
         """The model that a name means: an alias's, or itself."""
         return self.aliases.get(model, model)
 
-    def names(self) -> Collection[str]:
+    def names(self) -> Sequence[str]:
         """Of models and aliases."""
         return [*(model["id"] for model in self.listed()["models"]), *self.aliases]
 
-    def variables(self) -> Collection[str]:
+    def names_at_hand(self) -> Sequence[str]:
+        """The same for completion, for which no model is made to answer in this kernel."""
+        transport = self.connection.at_hand()
+        listed = [] if transport is None else transport.get("shimmy/api/models")["models"]
+        return [*(model["id"] for model in listed), *self.aliases]
+
+    def variables(self) -> Sequence[str]:
         """The user's own."""
         hidden: Any = self.shell.user_ns_hidden
         return [name for name in self.shell.user_ns if name[:1] != "_" and name not in hidden]
+
+    def assign(self, name: str, value: object) -> None:
+        """To a variable of the user's."""
+        self.shell.push({name: value})  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Closing twice is fine."""

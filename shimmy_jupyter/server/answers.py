@@ -14,7 +14,8 @@ from ..errors import ShimmyError
 from ..models.jobs import Progress
 from ..models.library import Described, ModelLibrary
 from ..models.resident import ModelStatus
-from ..types import Ended, Scored, Usage
+from ..types import Scored, Usage
+from .made import made
 
 if TYPE_CHECKING:  # importing it would load pydantic at the server's start
     from .requests import Parsed
@@ -150,20 +151,22 @@ def usage(used: Usage) -> dict[str, Any]:
     }
 
 
-def figures(request_id: str, ended: Ended, receipt: Receipt | None) -> dict[str, Any]:
+def figures(completion: Completion, receipt: Receipt | None) -> dict[str, Any]:
     """The `shimmy` object: times in milliseconds, the decode rate in tokens per second."""
+    ended = completion.ended
 
     def rounded(value: float | None) -> float | None:
         return None if value is None else round(value, 2)
 
     timings = ended.timings
     return {
-        "request_id": request_id,
+        "request_id": completion.request.request_id,
         "receipt": asdict(receipt) if receipt is not None else None,
         "queue_ms": rounded(timings.queue_ms),
         "ttft_ms": rounded(timings.ttft_ms),
         "tokens_per_second": rounded(timings.tokens_per_second),
         "cached_tokens": ended.usage.cached_tokens,
+        **made(completion),
     }
 
 
@@ -190,7 +193,7 @@ async def body(shape: Shape, parsed: Parsed, completion: Completion, created: in
                 )
             ],
             "usage": usage(completion.usage),
-            "shimmy": figures(request.request_id, completion.ended, receipt),
+            "shimmy": figures(completion, receipt),
         }
     )
 
@@ -322,7 +325,7 @@ class EventWriter:
         return event(self._head | {"choices": [choice]})
 
     def _closing(self, completion: Completion, receipt: Receipt | None) -> bytes:
-        extra = {"shimmy": figures(self._parsed.request.request_id, completion.ended, receipt)}
+        extra = {"shimmy": figures(completion, receipt)}
         *others, last = [
             self._head | {"choices": [self._shape.delta(index, {}, ended.reason.value)]}
             for index, ended in enumerate(completion.endings)

@@ -145,6 +145,38 @@ _FIGURES = fields(
     ttft_ms=or_null(NUMBER),
     tokens_per_second=or_null(NUMBER),
     cached_tokens=COUNT,
+    made_by=or_null(
+        fields(
+            sha256=or_null(several(DIGEST)),
+            quantization=or_null(TEXT),
+            chat_template=or_null(DIGEST),
+            adapter=or_null(DIGEST),
+            prompt=DIGEST,
+            engine=TEXT,
+            build=or_null(DIGEST),
+            cpu=or_null(TEXT),
+            cpu_features=several(TEXT),
+            context_size=COUNT,
+            kv_type=TEXT,
+            threads=COUNT,
+            gpu_layers=COUNT,
+        )
+    ),
+    parameters=fields(
+        temperature=NUMBER,
+        top_k=COUNT,
+        top_p=NUMBER,
+        min_p=NUMBER,
+        repeat_penalty=NUMBER,
+        repeat_last_n=COUNT,
+        presence_penalty=NUMBER,
+        frequency_penalty=NUMBER,
+        seed=or_null({"type": "integer"}),
+        min_tokens=COUNT,
+        ignore_eos=YES,
+        max_tokens=COUNT,
+        reproducible=YES,
+    ),
 )
 
 

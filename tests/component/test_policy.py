@@ -25,9 +25,9 @@ from shimmy_jupyter.guard.guard import Guard, Rules
 from shimmy_jupyter.local import LocalTransport
 from shimmy_jupyter.models.sources import Found
 from shimmy_jupyter.notebook.client import HttpTransport, Server
-from shimmy_jupyter.notebook.magics import ShimmyMagics
 from shimmy_jupyter.types import Principal
 
+from ..notebooks import magics
 from ..offered import found
 from .conftest import MODEL, Ask, Fakes, People, chat, new_guard, new_service, records, until
 
@@ -262,19 +262,6 @@ class TestOthers:
         assert (await ask("api/jobs", who="bob")).json["jobs"] == []
 
 
-class Magic:
-    """What a cell would do."""
-
-    def __init__(self, transport: Any) -> None:
-        self._transport = transport
-
-    def transport(self) -> Any:
-        return self._transport
-
-    def ask(self, line: str) -> None:
-        ShimmyMagics(None, self).shimmy(line)  # type: ignore[arg-type]
-
-
 class TestInKernel:
     """jupyter-ai #1514: an allow-list that has no effect on magics."""
 
@@ -315,7 +302,7 @@ class TestInKernel:
         with pytest.raises(ModelNotFound):
             transport.get(f"shimmy/api/models/{MODEL}")
         with pytest.raises(AccessDenied) as caught:
-            Magic(transport).ask(f"--model {MODEL} hello")
+            magics(transport).shimmy(f"--model {MODEL} hello")
         said.add(caught.value.message)
         assert fakes.made == []
         return said
@@ -372,7 +359,7 @@ class TestNoKernel:
             with pytest.raises(AccessDenied, match="allow_in_kernel"):
                 transport.post("shimmy/" + path.replace("{MODEL}", MODEL), fields)
         with pytest.raises(AccessDenied):
-            Magic(transport).ask(f"--model {MODEL} hello")
+            magics(transport).shimmy(f"--model {MODEL} hello")
         assert fakes.made == []
         ends = transport._start(records(transport._service.guard, kind="end")).result()
         assert [end["code"] for end in ends] == ["policy_denied"] * 6

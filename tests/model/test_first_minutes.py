@@ -23,7 +23,9 @@ from shimmy_jupyter import compose
 from shimmy_jupyter.cli import main
 from shimmy_jupyter.models import suggest
 from shimmy_jupyter.models.pull import Puller
-from shimmy_jupyter.notebook.commands import command
+from shimmy_jupyter.notebook.grammar import Command, parse_line
+
+from ..notebooks import run
 
 REPO = "Qwen/Qwen3-0.6B-GGUF"
 FILE = "Qwen3-0.6B-Q8_0.gguf"
@@ -204,15 +206,10 @@ async def test_from_a_notebook(
     )
     token = jp_serverapp.identity_provider.token
     transport = HttpTransport(Server(f"http://127.0.0.1:{jp_http_port}{jp_base_url}", token))
-    shown: list[str] = []
-    run = command(f"pull {REPO}:Q8_0")
-    assert run is not None
-    await asyncio.to_thread(run, transport, lambda text, _html: shown.append(text))
-    assert re.match(rf"{re.escape(FILE)} downloaded: ", shown[-1])
-    listing = command("models")
-    assert listing is not None
-    await asyncio.to_thread(listing, transport, lambda text, _html: shown.append(text))
-    assert "self-test" in shown[-1]
+    shown = await asyncio.to_thread(run, f"pull {REPO}:Q8_0", transport)
+    assert re.match(rf"{re.escape(FILE)} downloaded: ", shown[-1][0])
+    shown = await asyncio.to_thread(run, "models", transport)
+    assert "self-test" in shown[-1][0]
     transport._client.close()
 
 
@@ -220,4 +217,4 @@ async def test_from_a_notebook(
     "line", ["models of the atom", "pull", "pull the other one", "pulls a/b", "models?", ""]
 )
 def test_a_prompt_that_begins_like_a_command(line: str) -> None:
-    assert command(line) is None
+    assert not isinstance(parse_line(line), Command)

@@ -1,8 +1,9 @@
 """Model output on the page: shown as what it says, and never as anything that acts.
 
 Cases: HTML in every place Markdown has; images; links by every scheme; references; terminal and
-bidirectional control characters, also as entities; TeX that links; the fallback Markdown; pacing; the same
-in the figures beside an answer, in reasoning, in tables of models and suggestions, in progress, and in errors.
+bidirectional control characters, also as entities; TeX that links, and TeX that reads files; the fallback
+Markdown; code in colours; fences in fences, without an end; lines of a megabyte; what unfolds; pacing; the same in
+the figures beside an answer, in reasoning, in tables of models and suggestions, in progress, and in errors.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shimmy_jupyter.errors import InvalidValue, ModelLoadFailed, ShimmyError
-from shimmy_jupyter.notebook.commands import command, follow
+from shimmy_jupyter.notebook.board import follow
 from shimmy_jupyter.notebook.display import (
     Answer,
     Pace,
@@ -26,12 +27,15 @@ from shimmy_jupyter.notebook.display import (
     to_html,
     to_inert_markdown,
 )
+from shimmy_jupyter.notebook.highlight import STYLES
+
+from ..notebooks import run
 
 SAFE_TAGS = set(
-    "a blockquote br code del details div em h1 h2 h3 h4 h5 h6 hr li ol p pre s small strong summary table tbody td"
-    " th thead tr ul".split()
+    "a blockquote br code del details div em h1 h2 h3 h4 h5 h6 hr li ol p pre s small strong summary table caption tbody td"
+    " span th thead tr ul".split()
 )
-SAFE_ATTRIBUTES = {"href", "rel", "target", "title", "class", "style", "start", "open"}
+SAFE_ATTRIBUTES = {"href", "rel", "target", "title", "class", "style", "start", "open", "scope"}
 
 
 class Inspector(HTMLParser):
@@ -51,7 +55,7 @@ class Inspector(HTMLParser):
                 assert re.fullmatch(r"shimmy-answer|language-.*", value or "")
             if name == "style":
                 assert value in ("opacity:0.7", "text-align:left", "text-align:right",
-                                 "text-align:center")  # fmt: skip
+                                 "text-align:center", *STYLES)  # fmt: skip
 
 
 ATTACKS = [
@@ -93,6 +97,13 @@ ATTACKS = [
     "<link rel=stylesheet href=//evil.example> <meta http-equiv=refresh content=0;//evil.example>",
     "a&#x202e;b &rlm;c &#8238;d [t&#x2066;](https://e.example '&#x202e;') ![&lrm;](x)",
     "```x&#x202e;\ny&#x202e;\n```",
+    "````md\n```html\n<script>alert(1)</script>\n```\n````",
+    "```js\n</code></pre><script>alert(1)</script>\n~~~\n",
+    "~~~html\n<img src=x onerror=alert(1)>\n```\n</span></code></pre><b onclick=x>",
+    "```svg\n<svg onload=alert(1)><image href='https://evil.example/p.png'/></svg>\n```",
+    "```css\n*{background:url(https://evil.example/p.png)}</style><script>x</script>\n```",
+    "```python\n'\u202e' # \x1b[2J &#x202e; &lt;script&gt;\n```",
+    "</iframe></srcdoc><script>alert(1)</script>",
 ]
 TURNS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f]")
 
@@ -161,6 +172,50 @@ def test_fallback_markdown_begins_no_tag_and_no_link(text: str) -> None:
         assert not ("```" in line and re.search(r"[\"']", line)), "an attribute could end here"
 
 
+@pytest.mark.parametrize(
+    "tex",
+    [r"\input{/etc/passwd}", r"\include{x}", r"\openin0=x", r"\immediate\write18{id}", r"\catcode`\@=0",
+     r"\lstinputlisting{/etc/passwd}", r"\begin{filecontents}{x}", r"\begin {filecontents}{x}", r"\gdef\x{y}",
+     r"\expandafter\x", r"^^5cinput{/etc/passwd}", r"\directlua{os.execute('id')}"],
+)  # fmt: skip
+def test_formulas_cannot_read_files_where_a_pdf_is_made(tex: str) -> None:
+    for shown in (to_inert_markdown(f"${tex}$"), to_inert_markdown(tex), inert(tex)):
+        assert tex.replace("<", "&lt;") not in shown
+        assert shown.replace("\u200b", "").count("\\") == tex.count("\\"), "nothing else is lost"
+    ordinary = r"\inputs \includes \frac{1}{2} x^{2^3} \begin{align} \loops"
+    assert to_inert_markdown(ordinary) == ordinary
+
+
+def test_half_of_a_pair_is_left_out() -> None:
+    for shown in Answer("a\ud83db", "c\udc00", "\ud83d", "\udfff").bundle().values():
+        assert shown.encode()
+
+
+def test_what_stands_around_an_answer() -> None:
+    page = Answer("a", "3 tokens", "hm", "receipt 1 <b>").bundle()["text/html"]
+    assert page == (
+        '<div class="shimmy-answer"><details><summary>Reasoning</summary><p>hm</p>\n</details><p>a</p>\n'
+        '<details><summary><small style="opacity:0.7">3 tokens</small></summary>'
+        '<small style="opacity:0.7">receipt 1 &lt;b&gt;</small></details></div>'
+    )
+    assert "<details open>" in Answer("", "", "hm").bundle()["text/html"]
+    bare = Answer("a", "3 tokens").bundle()["text/html"]
+    assert bare.endswith('<p><small style="opacity:0.7">3 tokens</small></p></div>')
+    assert Answer("a", "", "", "receipt 1").bundle()["text/html"] == (
+        '<div class="shimmy-answer"><p>a</p>\n</div>'
+    )
+
+
+@pytest.mark.parametrize(
+    "line", ["a", "<", "<a ", "`", "*a ", "[", "![](", "&#x202e;", "| ", "$", "\\", "- "]
+)
+def test_lines_of_a_megabyte(line: str) -> None:
+    text = line * (1_000_000 // len(line))
+    bundle = Answer(f"```python\n{text}\n```\n{text[:20_000]}").bundle()
+    Inspector(bundle["text/html"])
+    assert "<" not in bundle["text/markdown"]
+
+
 def test_plain_text_is_the_answer() -> None:
     assert Answer("if a < b: **x**").bundle()["text/plain"] == "if a < b: **x**"
     assert Answer("x", "3 tokens").bundle()["text/plain"] == "x\n[3 tokens]"
@@ -175,6 +230,15 @@ def test_pace_is_ten_a_second_and_slower_when_long() -> None:
     pace.shown(6.0, 1_000_000)
     assert not pace.due(9.9)
     assert pace.due(10.1)
+
+
+def test_pace_leaves_four_fifths_of_the_time() -> None:
+    pace = Pace()
+    pace.shown(5.0, 100, took=0.5)
+    assert not pace.due(6.9)
+    assert pace.due(7.1)
+    pace.shown(8.0, 100, took=0.001)
+    assert pace.due(8.11)
 
 
 class Said:
@@ -208,18 +272,15 @@ class Said:
 
 
 @pytest.mark.parametrize("text", [*ATTACKS, "two\nlines\r\x1b[2J", r"$\href{javascript:x}{y}$"])
-@pytest.mark.parametrize("line", ["models", "models --suggest", "pull x"])
+@pytest.mark.parametrize("line", ["models", "models --suggest", "pull a/x"])
 def test_tables_and_progress(line: str, text: str, capsys: Any) -> None:
-    shown: list[tuple[str, str]] = []
-    run = command(line)
-    assert run is not None
-    run(Said(text), lambda plain, page: shown.append((plain, page)))  # type: ignore[arg-type]
+    shown = run(line, Said(text))
     assert shown
     for plain, page in shown:
         assert not TURNS.search(plain + page)
         assert not Inspector(page).links
         assert "href{" not in page or "\u200b" in page
-        assert plain.count("\n") == {"models": 2, "models --suggest": 1, "pull x": 0}[line]
+        assert plain.count("\n") == {"models": 2, "models --suggest": 1, "pull a/x": 0}[line]
     assert not TURNS.search(capsys.readouterr().out)
 
 

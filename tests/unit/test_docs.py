@@ -10,6 +10,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import notebook_docs
 import pytest
 
 import shimmy_jupyter
@@ -17,7 +18,8 @@ from shimmy_jupyter import errors
 from shimmy_jupyter.cli import main
 from shimmy_jupyter.config import CONFIGURABLES, Bytes, settings
 from shimmy_jupyter.core.policy import FEATURES
-from shimmy_jupyter.notebook.magics import _OPTIONS, ShimmyMagics
+from shimmy_jupyter.notebook.arguments import FLAGS
+from shimmy_jupyter.notebook.magics import ShimmyMagics
 from shimmy_jupyter.server.app import ShimmyApp
 from shimmy_jupyter.server.handlers import ROUTES
 from shimmy_jupyter.server.requests import _Chat, _Completion
@@ -87,8 +89,8 @@ def test_commands_and_options() -> None:
     for command in main.commands:
         assert f"`{command}`" in DESIGN
         assert f"shimmy {command}" in README
-    for option in _OPTIONS:
-        assert f"--{option}" in str(ShimmyMagics.shimmy.__doc__)
+    for flag in FLAGS:
+        assert flag.names[0] in str(ShimmyMagics.shimmy.__doc__)
 
 
 def test_readme_names_targets_and_files_that_exist() -> None:
@@ -204,3 +206,10 @@ class TestSettings:
         assert (found.weights, found.isolation, found.nice) == ({"ann": 2.5}, "process", 3)
         assert (found.public_prefixes, found.saved_kv_bytes) == (("You are a tutor.",), 0)
         assert found.guard.limits[0].default.seconds == 9.5
+
+
+def test_the_notebook_s_page_has_every_option_and_command() -> None:
+    page = notebook_docs.PAGE.read_text()
+    assert notebook_docs.written(page) == page, "python scripts/notebook_docs.py"
+    for name in shimmy_jupyter.API:
+        assert re.search(rf"\b{name.removeprefix('a') if name != 'a' else name}\b", page), name

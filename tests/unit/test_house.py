@@ -38,6 +38,7 @@ MAY_NEED: dict[str, set[str]] = {
     "notebook": LOW,
 }
 EDGE = {
+    "api",
     "config",
     "compose",
     "local",
@@ -111,7 +112,12 @@ def test_one_opener_of_outbound_connections() -> None:
         return {dotted(p) for p in MODULES if {n.split(".")[0] for n in imports(p)} & set(names)}
 
     # Of these, `addresses` only spells names.
-    assert users("httpx") == {"models.fetch_http", "models.addresses", "notebook.client"}
+    assert users("httpx") == {
+        "models.fetch_http",
+        "models.addresses",
+        "notebook.client",
+        "notebook.remote",
+    }
     assert users("socket") == {
         "models.fetch_http",
         "engine.isolated",

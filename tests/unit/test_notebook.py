@@ -1,6 +1,6 @@
-"""The kernel's side without a kernel: options, finding the server, reading a stream.
+"""The kernel's side without a kernel: finding the server, reading a stream.
 
-Cases: options in every order and spelling; bad ones; questions that IPython would take for help;
+Cases: questions that IPython would take for help;
 a named server, the parent's record, somebody else's, a damaged one, one that listens everywhere;
 events cut anywhere; an error in a stream; a stream that just ends; proxies; tokens in texts.
 """
@@ -21,61 +21,7 @@ from shimmy_jupyter.config import kernel_environment
 from shimmy_jupyter.errors import InternalError, InvalidValue, QueueFull, ServerUnreachable
 from shimmy_jupyter.notebook.client import Connection, HttpTransport, Server, events, find_server
 from shimmy_jupyter.notebook.extension import load, unload
-from shimmy_jupyter.notebook.magics import (
-    ShimmyMagics,
-    parse_cell_line,
-    parse_options,
-    questions_are_not_help,
-)
-
-
-class TestOptions:
-    @pytest.mark.parametrize(
-        ("line", "options", "rest"),
-        [
-            ("", {}, ""),
-            ('What\'s {this}, "then"?', {}, 'What\'s {this}, "then"?'),
-            ("--temperature 0 hi", {"temperature": 0.0}, "hi"),
-            ("--temperature=0.5 --seed 0 hi --seed", {"temperature": 0.5, "seed": 0}, "hi --seed"),
-            ('--system "Be brief." hi', {"system": "Be brief."}, "hi"),
-            ("--max-tokens 0 hi", {"max-tokens": 0}, "hi"),
-            ("--max_tokens 0 hi", {"max-tokens": 0}, "hi"),
-            ("-- --seed is an option", {}, "--seed is an option"),
-            ("--model m -- --x", {"model": "m"}, "--x"),
-            ("--", {}, ""),
-        ],
-    )
-    def test_line(self, line: str, options: dict[str, Any], rest: str) -> None:
-        assert parse_options(line) == (options, rest)
-
-    @pytest.mark.parametrize(
-        ("line", "param"),
-        [
-            ("--nonsense 3 hi", "--nonsense"),
-            ("--nonsense", "--nonsense"),
-            ("--temperature", "--temperature"),
-            ("--temperature hot hi", "--temperature"),
-            ("--seed 1.5 hi", "--seed"),
-            ("--temperature nan hi", "--temperature"),
-            ("--temperature inf hi", "--temperature"),
-        ],
-    )
-    def test_bad_ones_are_named(self, line: str, param: str) -> None:
-        with pytest.raises(InvalidValue) as caught:
-            parse_options(line)
-        assert caught.value.param == param
-
-    @pytest.mark.parametrize(
-        "line", ["m --seed 3", "--seed 3 m", "--model m --seed 3", "--seed 3 --model m"]
-    )
-    def test_cell(self, line: str) -> None:
-        assert parse_cell_line(line) == {"model": "m", "seed": 3}
-
-    @pytest.mark.parametrize("line", ["one two", "m --seed 3 n", "--model m n", "m --model n"])
-    def test_cell_takes_one_model(self, line: str) -> None:
-        with pytest.raises(InvalidValue):
-            parse_cell_line(line)
-        assert parse_cell_line("") == {}
+from shimmy_jupyter.notebook.magics import ShimmyMagics, questions_are_not_help
 
 
 class TestQuestions:
@@ -237,6 +183,7 @@ class Scripted:
         ]
         usage = {"completion_tokens": len(self.texts)}
         figures = {"tokens_per_second": 5.0, "ttft_ms": 12.3}
+        chunks[-1]["choices"][0]["finish_reason"] = "stop"
         chunks.append({"choices": [], "model": "first", "usage": usage, "shimmy": figures})
         data = [b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks]
         return contextlib.nullcontext([*data, b"data: [DONE]\n\n"])

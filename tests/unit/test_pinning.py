@@ -59,6 +59,7 @@ from shimmy_jupyter.models.references import HubReference, UrlReference
 from shimmy_jupyter.models.references import parse as parse_reference
 from shimmy_jupyter.notebook.extension import load, unload
 from shimmy_jupyter.notebook.magics import ShimmyMagics
+from shimmy_jupyter.notebook.session import Tools
 
 from .test_notebook import Scripted, shell  # noqa: F401  a fixture
 
@@ -524,7 +525,7 @@ class TestNotebook:
 
         def ask(*cells: str, engine: str = "0.3.36") -> Any:
             transport = Listing(engine)
-            load(shell, lambda: None, lambda: transport, kernel._resolve)
+            load(shell, lambda: None, lambda: transport, Tools(kernel._resolve))
             for cell in cells:
                 result = shell.run_cell(cell)
                 if result.error_in_exec is not None:
@@ -571,7 +572,7 @@ class TestNotebook:
         for cell, id in (("%%shimmy small-Q4\nhi", "small-Q4"), ("%shimmy hi", "first")):
             body = ask(cell)
             assert body["model"] == id
-            assert not {"pin", "seed", "adapter"} & body.keys()
+            assert not {"pin", "reproducible", "adapter"} & body.keys()
         assert NAME not in capsys.readouterr().out
 
     def test_nothing_named_needs_no_lock(self, ask: Callable[..., Any], folder: Path) -> None:

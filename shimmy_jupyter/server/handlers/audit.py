@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal
+from typing import Any
 
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 from tornado.iostream import StreamClosedError
 
 from ...auditing import Auditing
-from ...errors import InvalidValue
 from ..events import emit_head
 from .base import ShimmyHandler
 from .body import BodyHandler
-from .queries import moment, number, of_records
+from .queries import file_format, moment, number, of_records
 
 _TYPES = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl"}
 
@@ -38,7 +37,7 @@ class AuditExportHandler(_AuditHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:audit")
     async def get(self) -> None:
-        kind = self._format(self.query("format"))
+        kind = file_format(self.query)
         pieces = self.auditing.exported(self.principal, of_records(self.query), kind)
         piece = await anext(pieces, None)
         self.set_header("Content-Type", _TYPES[kind])
@@ -52,15 +51,6 @@ class AuditExportHandler(_AuditHandler):
         except StreamClosedError:
             return
         await self.finish(set_content_type=_TYPES[kind])
-
-    @staticmethod
-    def _format(given: str | None) -> Literal["csv", "jsonl"]:
-        match given:
-            case None | "jsonl":
-                return "jsonl"
-            case "csv":
-                return "csv"
-        raise InvalidValue("csv or jsonl", param="format")
 
 
 class AuditUsageHandler(_AuditHandler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Literal
 
 from ...audit.ledger import Query
 from ...errors import InvalidValue
@@ -46,3 +47,13 @@ def of_records(value: Callable[[str], str | None]) -> Query:
     given = {name: value(name) for name in _FILTERS}
     since, until = (moment(name, value(name)) for name in ("since", "until"))
     return Query(**given, since=since, until=until)
+
+
+def file_format(value: Callable[[str], str | None]) -> Literal["csv", "jsonl"]:
+    """Raises `InvalidValue`."""
+    match value("format"):
+        case None | "jsonl":
+            return "jsonl"
+        case "csv":
+            return "csv"
+    raise InvalidValue("csv or jsonl", param="format")

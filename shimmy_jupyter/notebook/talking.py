@@ -1,0 +1,137 @@
+"""Commands about what was said: the history, mending a cell, several models side by side, a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InvalidValue, ShimmyError
+from .asked import Asked, Settings
+from .board import Board, clock_time
+from .client import Transport
+from .display import inert, one_line, to_html
+from .session import Session
+
+Arguments = Mapping[str, Any]
+_RENDERED = {"model", "messages", "thinking", "reasoning_effort", "chat_template_kwargs"}
+_SHOWN = 400
+"""Characters of a prompt or an answer in the history."""
+
+
+def history(session: Session, given: Arguments, board: Board) -> None:
+    said = list(session.conversation)
+    count = given["count"]
+    if not said:
+        board.say("nothing has been said in this notebook")
+        return
+    first = max(0, len(said) - count) if count is not None else 0
+    rows = [("turn", "prompt", "answer")]
+    rows += [
+        (str(number + 1), _short(one.prompt), _short(one.answer))
+        for number, one in enumerate(said)
+        if number >= first
+    ]
+    board.table(rows, "What was said in this notebook; %shimmy reset forgets it")
+
+
+def reset(session: Session, _given: Arguments, board: Board) -> None:
+    count = session.conversation.reset()
+    board.say(f"{count} turn{'s' * (count != 1)} forgotten")
+
+
+def _short(text: str) -> str:
+    line = one_line(text)
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
+
+
+def dry_run(session: Session, settings: Settings, asked: Asked, board: Board) -> None:
+    """What the model would get, exactly, and what that would cost: nothing is generated."""
+    body = asked.body
+    wanted: dict[str, Any] = {name: body[name] for name in body.keys() & _RENDERED}
+    if asked.named:
+        profile = asked.options.profile or settings.profile
+        resolved = session.tools.resolve(body, profile, session.listed)
+        if resolved is not None:
+            wanted["model"] = resolved.body["model"]
+    found = session.transport.post("shimmy/api/apply-template", wanted)
+    cached = 0 if body.get("reproducible") else found["cached_tokens"]
+    rows: list[tuple[str, str]] = [
+        ("model", str(wanted["model"])),
+        ("prompt", f"{found['count']:,} tokens, {cached:,} of them computed already"),
+        ("answer", _room(session.transport, str(wanted["model"]), body, found["count"])),
+        *_left(session.transport),
+    ]
+    others = {name: value for name, value in body.items() if name not in {*wanted, "max_tokens"}}
+    rows += [(name, str(value)) for name, value in others.items()]
+    text = "\n".join([*asked.lines, found["prompt"], "", *(f"{a}: {b}" for a, b in rows)])
+    page = "".join(f"<p>{inert(line)}</p>" for line in asked.lines)
+    page += f"<pre>{inert(found['prompt'])}</pre><table>"
+    page += "".join(f'<tr><th scope="row">{inert(a)}</th><td>{inert(b)}</td></tr>' for a, b in rows)
+    board.show(text, f"{page}</table>")
+
+
+def _room(transport: Transport, model: str, body: Mapping[str, Any], count: int) -> str:
+    context = transport.get(f"shimmy/api/models/{model}")["context"]
+    wanted = body.get("max_tokens")
+    most = f"at most {wanted:,} tokens" if wanted is not None else "as many as the server gives"
+    if context is None:
+        return most
+    left = context - count
+    if left < 0:
+        return f"none: the prompt is {-left:,} tokens too long for a context of {context:,}"
+    if wanted is not None and wanted > left:
+        return f"{most}, {wanted - left:,} more than the context of {context:,} has room for"
+    return f"{most}; the context of {context:,} has room for {left:,}"
+
+
+def _left(transport: Transport) -> list[tuple[str, str]]:
+    found = transport.get("shimmy/api/limits")["limits"]
+    return [
+        (name, f"{row['remaining']:,} of {row['limit']:,} left" + _until(row))
+        for name, row in found.items()
+        if row["remaining"] is not None
+    ]
+
+
+def _until(row: Mapping[str, Any]) -> str:
+    return "" if row["resets_at"] is None else f" until {clock_time(row['resets_at'])}"
+
+
+def compare(session: Session, bodies: list[dict[str, Any]], board: Board) -> list[dict[str, Any]]:
+    """Answers to the same prompt, one after another so that none slows the other down; side by side."""
+    found: list[dict[str, Any]] = []
+    for body in bodies:
+        board.say(f"asking {body['model']} ({len(found) + 1} of {len(bodies)})")
+        try:
+            found.append(session.transport.post("shimmy/v1/chat/completions", body))
+        except ShimmyError as error:
+            found.append({"model": body["model"], "error": f"{error.message} [{error.code}]"})
+    board.show(*_side_by_side(found))
+    if all("error" in one for one in found):
+        raise InvalidValue("none of them has answered", param="models")
+    return found
+
+
+def _side_by_side(found: list[dict[str, Any]]) -> tuple[str, str]:
+    texts, heads, cells, feet = [], [], [], []
+    for one in found:
+        said = one.get("error") or str(one["choices"][0]["message"]["content"])
+        note = _figures(one)
+        texts.append(f"── {one_line(one['model'])} ({note})\n{said}")
+        heads.append(f'<th scope="col">{inert(one["model"])}</th>')
+        shown = f"<p>{inert(said)}</p>" if "error" in one else to_html(said)
+        cells.append(f'<td style="vertical-align:top;text-align:left">{shown}</td>')
+        feet.append(f"<td><small>{inert(note)}</small></td>")
+    rows = (f"<tr>{''.join(row)}</tr>" for row in (heads, cells, feet))
+    return "\n\n".join(texts), f"<table>{''.join(rows)}</table>"
+
+
+def _figures(one: Mapping[str, Any]) -> str:
+    if "error" in one:
+        return "no answer"
+    rate, first = one["shimmy"]["tokens_per_second"], one["shimmy"]["ttft_ms"]
+    parts = [f"{one['usage']['completion_tokens']} tokens"]
+    parts += [f"{rate:.0f} tokens/s"] if rate else []
+    parts += [f"first token after {first:.0f} ms"] if first is not None else []
+    parts += ["cut off at max_tokens"] if one["choices"][0]["finish_reason"] == "length" else []
+    return " · ".join(parts)

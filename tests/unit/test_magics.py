@@ -1,0 +1,427 @@
+"""The magics from line to screen, over a transport that answers from a script.
+
+Cases: braces in and out, and what was not put in; what was said before, a cell of its own, none for the
+bundled model, reset; context with what can be left out; options against settings, each honoured; `-m` known
+and unknown; formats and schemas into variables; a dry run that asks nothing; aliases; use; commands' tables;
+limits; records and their export; fix that offers and never runs; compare; compat; errors raise and say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from shimmy_jupyter.errors import (
+    ContextLengthExceeded,
+    InvalidValue,
+    ModelNotFound,
+    ServerUnreachable,
+    ShimmyError,
+)
+from shimmy_jupyter.notebook.extension import unload
+from shimmy_jupyter.notebook.magics import ShimmyMagics
+from shimmy_jupyter.notebook.schemas import AnswerInvalid
+
+from ..notebooks import magics, run, shell
+
+ROW = {"id": "small", "state": "loaded", "kind": "model", "context": 100, "size_bytes": 5,
+       "quantization": "Q4", "fit": None, "error": None}  # fmt: skip
+
+
+class Talking:
+    """Answers every prompt with `text`, or with what `answers` has left; counts a token a word."""
+
+    def __init__(self, text: str = "an answer", *answers: str) -> None:
+        self.text, self.answers = text, list(answers)
+        self.bodies: list[dict[str, Any]] = []
+        self.posted: list[tuple[str, dict[str, Any]]] = []
+        self.error: ShimmyError | None = None
+
+    def get(self, path: str) -> dict[str, Any]:
+        place = path.partition("?")[0].removeprefix("shimmy/api/")
+        rows = [ROW, ROW | {"id": "other"}, ROW | {"id": "self-test"}]
+        limit = {"limit": 10, "used": 4, "remaining": 6, "resets_at": None}
+        record = {"seq": 7, "timestamp": "2026-11-21T10:00:00.000Z", "kind": "end", "user": "ann",
+                  "model": "small", "outcome": "limited", "code": "rate_limit_exceeded",
+                  "prompt_tokens": 3, "request_id": "ab" * 16}  # fmt: skip
+        found: dict[str, Any] = {
+            "models": {"models": rows, "default": "small", "engine": ""},
+            "models/small": ROW,
+            "limits": {"limits": {"max_queued": limit}, "own": {"max_queued": 10}, "shared": {},
+                       "locked": {"max_queued": "the administrator's"}, "queue_position": 2},
+            "audit": {"records": [record, {"seq": 6, "erased": True}], "next_cursor": 6},
+        }  # fmt: skip
+        return dict(found[place])
+
+    def put(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        self.posted.append((path, body))
+        return self.get(path)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        self.posted.append((path, body))
+        said = json.dumps(body.get("messages", ""))
+        if path.endswith("tokenize"):
+            return {"tokens": [], "count": len(said.split())}
+        if path.endswith("apply-template"):
+            return {"prompt": "<user>hi\x1b[2J", "count": 7, "cached_tokens": 5}
+        return {"model": body["model"], "choices": [{"message": {"content": self.text},
+                "finish_reason": "stop"}], "usage": {"completion_tokens": 2},
+                "shimmy": {"tokens_per_second": 5.0, "ttft_ms": 1.0}}  # fmt: skip
+
+    def fetch(self, path: str) -> Iterator[bytes]:
+        yield b"one\n"
+        if self.error is not None:
+            raise self.error
+        yield b"two\n"
+
+    @contextlib.contextmanager
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[Iterator[bytes]]:
+        self.bodies.append(body)
+        if self.error is not None:
+            raise self.error
+        text = self.answers.pop(0) if self.answers else self.text
+        usage = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {}}
+        chunks: list[dict[str, Any]] = [
+            {"choices": [{"delta": {"content": text}, "finish_reason": None}]},
+            {"choices": [{"delta": {}, "finish_reason": "stop"}]},
+            {"choices": [], "model": body["model"], "usage": usage,
+             "shimmy": {"request_id": "r", "receipt": None, "tokens_per_second": 5.0}},
+        ]  # fmt: skip
+        data = [b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks]
+        yield iter([*data, b"data: [DONE]\n\n"])
+
+
+@pytest.fixture
+def server() -> Talking:
+    return Talking()
+
+
+@pytest.fixture
+def ip(server: Talking) -> Iterator[InteractiveShell]:
+    """A shell with the magics on it, as it was before afterwards."""
+    found = magics(server)
+    ip = found.session.shell
+    before = dict(ip.user_ns)
+    yield ip
+    unload(ip)
+    ip.config.pop("ShimmyMagics", None)
+    ip.user_ns.clear()
+    ip.user_ns.update(before)
+
+
+def ask(ip: InteractiveShell, *cells: str) -> Any:
+    """Raises what the last cell does."""
+    for cell in cells:
+        result = ip.run_cell(cell, store_history=True)
+    result.raise_error()
+    return result
+
+
+def prompt(server: Talking) -> str:
+    return str(server.bodies[-1]["messages"][-1]["content"])
+
+
+class TestBraces:
+    @pytest.mark.parametrize(
+        ("cell", "sent"),
+        [
+            ("%shimmy say {x}", "say 42"),
+            ("%shimmy --no-interp say {x}", "say {x}"),
+            ('%%shimmy\n{"a": 1} {} $x^{2}$ {x:.1f}', '{"a": 1} {} $x^{2}$ 42.0'),
+            ("%%shimmy\n{In[-1]}", "x = 42"),
+            ("%%shimmy\n$HOME {d['k']}", "$HOME v"),
+        ],
+    )
+    def test_in_and_out(self, ip: Any, server: Talking, cell: str, sent: str) -> None:
+        ask(ip, "d = {'k': 'v'}", "x = 42", cell)
+        assert prompt(server) == sent
+
+    def test_what_was_not_put_in_is_said(self, ip: Any, server: Talking, capsys: Any) -> None:
+        ask(ip, "%shimmy say {nothing_such}")
+        assert prompt(server) == "say {nothing_such}"
+        assert "not put in: {nothing_such}" in capsys.readouterr().out
+
+    def test_a_setting(self, ip: Any, server: Talking) -> None:
+        ask(ip, "x = 1", "%config ShimmyMagics.interpolate = False", "%shimmy {x}")
+        assert prompt(server) == "{x}"
+
+
+class TestHistory:
+    def said(self, server: Talking) -> list[str]:
+        return [str(one["content"]) for one in server.bodies[-1]["messages"]]
+
+    def test_the_last_two(self, ip: Any, server: Talking) -> None:
+        server.answers = ["1", "2", "3"]
+        ask(ip, "%shimmy a", "%shimmy b", "%shimmy c", "%shimmy d")
+        assert self.said(server) == ["b", "2", "c", "3", "d"]
+
+    def test_as_many_as_wanted(self, ip: Any, server: Talking) -> None:
+        ask(ip, "%config ShimmyMagics.max_history = 0", "%shimmy a", "%shimmy b")
+        assert self.said(server) == ["b"]
+
+    def test_not_for_single_questions(self, ip: Any, server: Talking) -> None:
+        ask(ip, "%shimmy a", "%shimmy --model self-test b")
+        assert self.said(server) == ["b"]
+
+    def test_reset(self, ip: Any, server: Talking, capsys: Any) -> None:
+        ask(ip, "%shimmy a", "%shimmy history", "%shimmy reset", "%shimmy b", "%shimmy history")
+        assert self.said(server) == ["b"]
+        out = capsys.readouterr().out
+        assert "1 turn forgotten" in out
+        assert "an answer" in out
+
+    def test_what_failed_was_not_said(self, ip: Any, server: Talking) -> None:
+        server.error = ServerUnreachable("gone")
+        with pytest.raises(ServerUnreachable):
+            ask(ip, "%shimmy a")
+        server.error = None
+        ask(ip, "%shimmy b")
+        assert self.said(server) == ["b"]
+
+
+class TestContext:
+    def test_cells_that_ran(self, ip: Any, server: Talking, capsys: Any) -> None:
+        ask(ip, "y = 7", "y + 1", "%shimmy --context 2 why?")
+        assert "y = 7" in prompt(server)
+        assert "8" in prompt(server)
+        assert prompt(server).endswith("why?")
+        assert "tokens" in capsys.readouterr().out
+
+    def test_too_much_says_what_to_leave_out(self, ip: Any, server: Talking) -> None:
+        long = "z = '" + "word " * 200 + "'"
+        with pytest.raises(ContextLengthExceeded, match=r"--leave-out In\[\d+\]") as caught:
+            ask(ip, long, "y = 7", "%shimmy --context 2 why?")
+        assert not server.bodies
+        names = str(caught.value.message).partition("--leave-out ")[2].split(";")[0]
+        ask(ip, f"%shimmy --context 3 --leave-out {names} why?")
+        assert "word word" not in prompt(server)
+        assert "y = 7" in prompt(server)
+
+    def test_leaving_out_of_nothing(self, ip: Any) -> None:
+        with pytest.raises(InvalidValue) as caught:
+            ask(ip, "%shimmy --leave-out 3 why?")
+        assert caught.value.param == "--leave-out"
+
+
+class TestOptions:
+    def test_against_settings(self, ip: Any, server: Talking) -> None:
+        ask(
+            ip,
+            "%config ShimmyMagics.temperature = 0.5",
+            "%config ShimmyMagics.max_tokens = 5",
+            "%config ShimmyMagics.system = 'Be brief.'",
+            '%shimmy --temperature 0 --max-tokens 0 --system "" --stop "\\n" --stop X hi',
+        )
+        body = server.bodies[-1]
+        assert (body["temperature"], body["max_tokens"], body["stop"]) == (0, 0, ["\n", "X"])
+        assert [one["role"] for one in body["messages"]] == ["user"]
+
+    def test_a_seed_is_reproducible(self, ip: Any, server: Talking) -> None:
+        ask(ip, "%shimmy --seed 0 hi", "%shimmy hi")
+        first, second = server.bodies
+        assert (first["seed"], first["reproducible"]) == (0, True)
+        assert "reproducible" not in second  # and the seed that was drawn is only for the record
+
+    def test_parameters(self, ip: Any, server: Talking) -> None:
+        ask(ip, """%shimmy -m '{"top_k": 20}' -m '{"min_p": 0.1}' hi""")
+        assert (server.bodies[-1]["top_k"], server.bodies[-1]["min_p"]) == (20, 0.1)
+
+    @pytest.mark.parametrize("name", ["topk", "messages", "stream", "nonsense"])
+    def test_parameters_that_there_are_not(self, ip: Any, server: Talking, name: str) -> None:
+        with pytest.raises(InvalidValue) as caught:
+            ask(ip, f"""%shimmy -m '{{"{name}": 1}}' hi""")
+        assert caught.value.param == "--model-parameters"
+        assert not server.bodies
+
+    @pytest.mark.parametrize("cell", ["%shimmy", "%%shimmy\n\n", "%shimmy --", "%shimmy -f x y"])
+    def test_mistakes_raise(self, ip: Any, cell: str) -> None:
+        with pytest.raises(InvalidValue):
+            ask(ip, cell)
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    born: int
+
+
+class TestVariables:
+    def test_an_answer(self, ip: Any, server: Talking) -> None:
+        ask(ip, "%shimmy -o x hi")
+        assert str(ip.user_ns["x"]) == "an answer"
+        assert ip.user_ns["x"].usage.completion_tokens == 2
+
+    def test_by_assignment_and_by_number(self, ip: Any, server: Talking) -> None:
+        ask(ip, "x = %shimmy hi")
+        assert str(ip.user_ns["x"]) == "an answer"
+
+    def test_json(self, ip: Any, server: Talking) -> None:
+        server.text = '{"a": [1]}'
+        ask(ip, "%shimmy -f json -o x hi")
+        assert ip.user_ns["x"] == {"a": [1]}
+        assert server.bodies[-1]["response_format"] == {"type": "json_object"}
+
+    def test_a_schema(self, ip: Any, server: Talking) -> None:
+        ip.user_ns["Person"] = Person
+        server.text = '{"name": "Ada", "born": 1815}'
+        ask(ip, "%%shimmy -o x --schema Person\nAda was born in 1815")
+        assert ip.user_ns["x"] == Person(name="Ada", born=1815)
+        form = server.bodies[-1]["response_format"]
+        assert (form["type"], form["json_schema"]["name"]) == ("json_schema", "Person")
+
+    def test_an_answer_that_does_not_fit(self, ip: Any, server: Talking) -> None:
+        ip.user_ns.update(Person=Person, x="before")
+        server.text = '{"name": "Ada", "born": "?"}'
+        with pytest.raises(AnswerInvalid) as caught:
+            ask(ip, "%%shimmy -o x --schema Person\nAda")
+        assert (caught.value.param, caught.value.text) == ("born", server.text)
+        assert ip.user_ns["x"] == "before"
+
+    @pytest.mark.parametrize("name", ["Nobody", "ip.nothing", "x"])
+    def test_no_such_schema(self, ip: Any, server: Talking, name: str) -> None:
+        ip.user_ns["x"] = 3
+        with pytest.raises(ShimmyError):
+            ask(ip, f"%shimmy --schema {name} hi")
+        assert not server.bodies
+
+    def test_two_shapes(self, ip: Any) -> None:
+        ip.user_ns["Person"] = Person
+        with pytest.raises(InvalidValue):
+            ask(ip, """%shimmy --schema Person -m '{"grammar": {}}' hi""")
+
+
+def test_a_dry_run_asks_nothing(ip: Any, server: Talking, capsys: Any) -> None:
+    ask(ip, "%shimmy --dry-run --max-tokens 200 hi")
+    out = capsys.readouterr().out
+    assert "7 tokens, 5 of them computed already" in out
+    assert "107 more than the context of 100 has room for" in out
+    assert "max_queued: 6 of 10 left" in out
+    assert "\x1b" not in out.replace("\x1b[2J", "?") or "\x1b[2J" not in out
+    assert not server.bodies
+    assert [path for path, _ in server.posted] == ["shimmy/api/apply-template"]
+    ask(ip, "%shimmy --dry-run --reproducible hi")
+    assert "7 tokens, 0 of them" in capsys.readouterr().out
+
+
+class TestNames:
+    def test_an_alias(self, ip: Any, server: Talking) -> None:
+        ask(ip, "%shimmy alias tutor other", "%shimmy --model tutor hi")
+        assert server.bodies[-1]["model"] == "other"
+        ask(ip, "%shimmy update tutor small", "%%shimmy tutor\nhi")
+        assert server.bodies[-1]["model"] == "small"
+        ask(ip, "%shimmy dealias tutor", "%shimmy --model tutor hi")
+        assert server.bodies[-1]["model"] == "tutor"
+
+    @pytest.mark.parametrize(
+        ("cell", "error"),
+        [
+            ("%shimmy alias other small", InvalidValue),
+            ("%shimmy update nobody small", InvalidValue),
+            ("%shimmy dealias nobody", InvalidValue),
+            ("%shimmy alias x1 smal", (InvalidValue, ModelNotFound)),
+        ],
+    )
+    def test_wrong_ones(self, ip: Any, cell: str, error: Any) -> None:
+        with pytest.raises(error):
+            ask(ip, cell)
+
+    def test_use(self, ip: Any, server: Talking, capsys: Any) -> None:
+        ask(ip, "%shimmy use", "%shimmy use other", "%shimmy hi")
+        assert server.bodies[-1]["model"] == "other"
+        assert "this notebook asks small" in capsys.readouterr().out
+
+
+class TestAccounts:
+    def test_limits(self, server: Talking) -> None:
+        ((text, page),) = run("limits", server)
+        assert "2 before your request" in text
+        assert "locked: the administrator's" in text
+        assert "<th" in page
+        run("limits max_queued=3", server)
+        assert server.posted == [("shimmy/api/limits", {"max_queued": 3})]
+
+    def test_records(self, server: Talking) -> None:
+        ((text, _),) = run("audit show --limit 2", server)
+        assert "limited rate_limit_exceeded" in text
+        assert "erased" in text
+        assert "there are more" in text
+
+    def test_an_export(self, server: Talking, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.chdir(tmp_path)
+        run("audit export mine.csv", server)
+        assert Path("mine.csv").read_text() == "one\ntwo\n"
+        with pytest.raises(InvalidValue, match="there already"):
+            run("audit export mine.csv", server)
+        with pytest.raises(InvalidValue, match="ends in"):
+            run("audit export mine.txt", server)
+        with pytest.raises(InvalidValue, match="cannot be written"):
+            run("audit export nowhere/mine.csv", server)
+        server.error = ServerUnreachable("gone")
+        with pytest.raises(ServerUnreachable):
+            run("audit export half.jsonl", server)
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.csv"]
+
+
+class TestFix:
+    FIXED = "It divides by zero.\n```python\n1 / 1\n```"
+
+    def test_a_cell_is_offered_and_not_run(self, ip: Any, server: Talking, capsys: Any) -> None:
+        server.text = self.FIXED.replace("1 / 1", "ran = True")
+        ip.run_cell("1 / 0", store_history=True)
+        ask(ip, "%shimmy fix")
+        assert "1 / 0" in prompt(server)
+        assert "ZeroDivisionError" in prompt(server)
+        assert ip.rl_next_input == "ran = True"
+        assert "ran" not in ip.user_ns
+        assert "+ran = True" in capsys.readouterr().out
+
+    def test_nothing_has_failed(self, ip: Any, server: Talking) -> None:
+        with pytest.raises(InvalidValue, match="no cell"):
+            ask(ip, "%shimmy fix")
+
+    def test_no_cell_in_the_answer(self, ip: Any, server: Talking, capsys: Any) -> None:
+        ip.run_cell("1 / 0", store_history=True)
+        ip.rl_next_input = None
+        ask(ip, "%shimmy fix")
+        assert ip.rl_next_input is None
+        assert "no corrected cell" in capsys.readouterr().out
+
+
+def test_compare(ip: Any, server: Talking, capsys: Any) -> None:
+    ask(ip, "%shimmy compare small other -- Why {1 + 1}?")
+    asked = [body for path, body in server.posted if path.endswith("completions")]
+    assert [body["model"] for body in asked] == ["small", "other"]
+    assert asked[0]["messages"] == asked[1]["messages"]
+    assert capsys.readouterr().out.count("an answer") == 2
+
+
+def test_compat(ip: Any, server: Talking) -> None:
+    assert "ai" not in ip.magics_manager.magics["cell"]
+    ask(ip, "%shimmy compat", "%shimmy compat ai", "%%ai small -f text\nhi")
+    assert server.bodies[-1]["model"] == "small"
+    unload(ip)
+    assert "ai" not in ip.magics_manager.magics["cell"]
+    assert "ai" not in ip.magics_manager.magics["line"]
+
+
+def test_loading_again_leaves_one_of_each() -> None:
+    for _ in range(3):
+        magics(Talking())
+    ours = [c for c in shell().configurables if isinstance(c, ShimmyMagics)]
+    assert len(ours) == 1
+    callbacks = shell().events.callbacks
+    assert sum("remembered" in str(c) for c in callbacks["post_run_cell"]) <= 1
+    unload(shell())
+
+
+def test_help(ip: Any, capsys: Any) -> None:
+    ask(ip, "%shimmy help", "%shimmy help audit")
+    out = capsys.readouterr().out
+    assert "--leave-out" in out
+    assert str(ShimmyMagics.shimmy.__doc__) in out
