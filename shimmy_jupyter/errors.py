@@ -20,6 +20,9 @@ ShimmyError
 │   ├── GgufError                      503  model_load_failed: by the file's header alone
 │   └── NotEnoughMemory                503  model_load_failed: at the moment
 ├── GenerationFailed                   500  generation_failed: this sequence alone
+│   └── Unusable                            an answer that is there, and not what it has to be; has its text
+│       ├── AnswerCutOff                    it has reached max_tokens
+│       └── AnswerInvalid                   it fits its schema, and its type refuses it; names the field
 ├── FetchFailed                        502  fetch_failed: the other side, the network, or the file's bytes
 │   ├── FetchInterrupted               502  fetch_interrupted: the same call again goes on from there
 │   └── ChecksumMismatch               502  checksum_mismatch: the bytes are not those that were asked for
@@ -228,6 +231,22 @@ class GenerationFailed(ShimmyError):
     code = "generation_failed"
 
 
+class Unusable(GenerationFailed):
+    """`text` is what the model has written."""
+
+    def __init__(self, message: str, *, text: str = "", **details: Any) -> None:
+        super().__init__(message, **details)
+        self.text = text
+
+
+class AnswerCutOff(Unusable):
+    """It has reached `max_tokens`; `text` is its beginning."""
+
+
+class AnswerInvalid(Unusable):
+    """It fits its schema, and its type refuses it; `param` is the field."""
+
+
 class ConstraintTooComplex(ShimmyError):
     code = "constraint_too_complex"
     status = 400
@@ -273,7 +292,8 @@ def all_errors() -> list[type[ShimmyError]]:
 
 def from_code(code: str, message: str, **details: Any) -> ShimmyError:
     """The exception for a stable code, as read from a `Failure` or from the wire."""
-    known = (c for c in all_errors() if c.code == code and c is not ShimmyError)
+    abstract = (ShimmyError, RequestError)
+    known = (c for c in all_errors() if c.code == code and c not in abstract)
     cls = next(known, InternalError)
     return cls(message, **details)
 

@@ -15,28 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
-from ..errors import GenerationFailed, InvalidValue
+from ..errors import AnswerCutOff, AnswerInvalid, InvalidValue
 from .asking import Asker, ExtractParameters
 from .result import Completion
 
 _TASK = "Extract what the text below says."
 _UNNAMED = re.compile(r"[^A-Za-z0-9_-]+")
-
-
-class _Unusable(GenerationFailed):
-    """`text` is what the model has written."""
-
-    def __init__(self, message: str, *, text: str = "", **details: Any) -> None:
-        super().__init__(message, **details)
-        self.text = text
-
-
-class AnswerCutOff(_Unusable):
-    """It has reached `max_tokens`; `text` is its beginning."""
-
-
-class AnswerInvalid(_Unusable):
-    """It fits its schema, and its type refuses it; `param` is the field."""
 
 
 @dataclass(frozen=True, slots=True)

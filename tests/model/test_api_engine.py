@@ -25,12 +25,12 @@ import pytest
 import random_gguf
 from kernel_session import Kernel, RunningServer, kernel, running_server, text_of
 
-from shimmy_jupyter.errors import RequestError
+from shimmy_jupyter.errors import AnswerCutOff, RequestError
 from shimmy_jupyter.notebook.asking import Asker
 from shimmy_jupyter.notebook.classifying import Classifier
 from shimmy_jupyter.notebook.client import Server
 from shimmy_jupyter.notebook.remote import AsyncHttpTransport
-from shimmy_jupyter.notebook.schemas import AnswerCutOff, extract
+from shimmy_jupyter.notebook.schemas import extract
 
 from .test_constraints import with_definitions
 
@@ -148,7 +148,7 @@ class TestLabels:
         answer = await asker.chat(question, temperature=0, logprobs=True, thinking=False)
         assert answer.text == LEN
         assert answer.logprobs is not None
-        scored = answer.logprobs["content"]
+        scored = answer.logprobs
         whole = b"".join(bytes(one["bytes"]) for one in scored)
         assert whole.decode() == LEN
         expected = math.fsum(one["logprob"] for one in scored)

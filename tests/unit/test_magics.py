@@ -19,6 +19,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from shimmy_jupyter.errors import (
+    AnswerInvalid,
     ContextLengthExceeded,
     InvalidValue,
     ModelNotFound,
@@ -27,7 +28,6 @@ from shimmy_jupyter.errors import (
 )
 from shimmy_jupyter.notebook.extension import unload
 from shimmy_jupyter.notebook.magics import ShimmyMagics
-from shimmy_jupyter.notebook.schemas import AnswerInvalid
 
 from ..notebooks import magics, run, shell
 

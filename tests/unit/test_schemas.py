@@ -19,10 +19,17 @@ import pytest
 from typing_extensions import TypedDict
 
 from shimmy_jupyter.engine.json_schema import translate
-from shimmy_jupyter.errors import GenerationFailed, InvalidValue, RequestError
+from shimmy_jupyter.errors import (
+    AnswerCutOff,
+    AnswerInvalid,
+    GenerationFailed,
+    InvalidValue,
+    RequestError,
+)
 from shimmy_jupyter.notebook import schemas
 from shimmy_jupyter.notebook.result import Completion
-from shimmy_jupyter.notebook.schemas import AnswerCutOff, AnswerInvalid, Shape, shape_of
+from shimmy_jupyter.notebook.schemas import Shape, shape_of
+from shimmy_jupyter.types import Usage
 
 from .test_asking import answer, asker
 
@@ -213,7 +220,7 @@ class TestReading:
 
     def test_cut_off(self) -> None:
         reply = Completion('{"name":"A', finish_reason="length", request_id="r1",
-                      usage={"completion_tokens": 7})  # fmt: skip
+                      usage=Usage(1, 7))  # fmt: skip
         with pytest.raises(AnswerCutOff, match="7 tokens") as caught:
             self.SHAPE.read(reply)
         assert (caught.value.text, caught.value.param) == ('{"name":"A', "max_tokens")
