@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 API = (
     "achat", "aclassify", "acomplete", "aembed", "aextract", "amodels", "astream", "atokenize", "chat",
-    "classify", "complete", "embed", "extract", "models", "openai_client", "stream", "tokenize",
+    "classify", "complete", "embed", "extract", "models", "openai_client", "panel", "stream", "tokenize",
 )  # fmt: skip
 """Taken from `shimmy_jupyter.api` when they are first needed."""
 
@@ -24,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from . import api
 
         return getattr(api, name)
+    if name == "errors":
+        from importlib import import_module
+
+        return import_module(".errors", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

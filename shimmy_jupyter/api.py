@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .notebook.asking import Asker
     from .notebook.classifying import Classification
     from .notebook.client import Server
+    from .notebook.panel.widgets import Panel
     from .notebook.portal import AsyncStream, Portal, Stream
     from .notebook.result import Completion
 
@@ -50,6 +51,7 @@ __all__ = [
     "extract",
     "models",
     "openai_client",
+    "panel",
     "stream",
     "tokenize",
 ]
@@ -91,7 +93,8 @@ def use(
             _sessions.append(_Session(asker, portal, server))
 
 
-def _session() -> _Session:
+def session() -> _Session:
+    """Made when it is first needed."""
     with _lock:
         if not _sessions:
             from .kernel import asker
@@ -102,13 +105,13 @@ def _session() -> _Session:
 
 
 def _run(work: Callable[[Asker], Coroutine[Any, Any, T]]) -> T:
-    session = _session()
-    return session.portal.run(lambda: work(session.asker))
+    found = session()
+    return found.portal.run(lambda: work(found.asker))
 
 
 async def _arun(work: Callable[[Asker], Coroutine[Any, Any, T]]) -> T:
-    session = _session()
-    return await session.portal.arun(lambda: work(session.asker))
+    found = session()
+    return await found.portal.arun(lambda: work(found.asker))
 
 
 @keywords(ChatParameters)
@@ -161,8 +164,8 @@ def stream(prompt: Messages, **parameters: Unpack[ChatParameters]) -> Stream[Com
     """
     from .notebook.portal import Stream
 
-    session = _session()
-    return Stream(session.portal, session.asker.stream(prompt, **parameters))
+    found = session()
+    return Stream(found.portal, found.asker.stream(prompt, **parameters))
 
 
 @keywords(ChatParameters)
@@ -170,8 +173,8 @@ def astream(prompt: Messages, **parameters: Unpack[ChatParameters]) -> AsyncStre
     """`stream`, for `async for`; it is not awaited itself."""
     from .notebook.portal import AsyncStream
 
-    session = _session()
-    return AsyncStream(session.portal, session.asker.stream(prompt, **parameters))
+    found = session()
+    return AsyncStream(found.portal, found.asker.stream(prompt, **parameters))
 
 
 def embed(
@@ -313,7 +316,7 @@ def openai_client(**options: Any) -> openai.OpenAI:
     Raises `Misconfigured` where the package `openai` is not installed, and `ServerUnreachable` where
     the model runs inside the kernel, which has no address.
     """
-    server = _session().server()
+    server = session().server()
     if server is None:
         raise ServerUnreachable(
             "the model runs inside this kernel: there is no address that a client could be given"
@@ -329,3 +332,15 @@ def openai_client(**options: Any) -> openai.OpenAI:
     base = "http://localhost/" if server.socket else server.url
     # There may be no token; the client insists on one.
     return openai.OpenAI(base_url=base + "shimmy/v1", api_key=server.token or "none", **options)
+
+
+def panel() -> Panel:
+    """A widget: models, asking, comparing, limits and records. Raises `Misconfigured` without ipywidgets 8.
+
+    It asks in a thread of its own, which ends with `close()`; it looks at nothing while it is hidden or
+    nobody has used it for five minutes.
+    """
+    from .kernel import transport
+    from .notebook.panel import panel as made
+
+    return made(transport)

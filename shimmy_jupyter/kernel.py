@@ -14,8 +14,9 @@ from jupyter_core.paths import jupyter_runtime_dir
 
 from .config import home, kernel_environment, load_config, load_system_config, settings
 from .errors import InvalidValue
+from .frames import register
 from .notebook.board import follow
-from .notebook.client import Server, Transport, find_server, say_inside
+from .notebook.client import HttpTransport, Server, Transport, find_server, say_inside
 from .notebook.extension import load as load_magics
 from .notebook.session import Resolved, Session, Tools
 
@@ -34,7 +35,22 @@ def load(shell: InteractiveShell) -> Session:
     tools = Tools(_resolve, _lock, _doctor, _versions)
     session = load_magics(shell, _find, _local, tools, kernel_environment().session)
     _loaded[:] = [session]
+    register(_framing)
     return session
+
+
+def _framing() -> Any:
+    from .framing import wiring
+
+    return wiring()
+
+
+def transport() -> Transport:
+    """Where the panel asks. Raises `ServerUnreachable`."""
+    if _loaded:
+        return _loaded[0].connection.transport()
+    server = _find()
+    return _said_local() if server is None else HttpTransport(server, _labels)
 
 
 def asker() -> tuple[Asker, AsyncConnection]:
@@ -59,8 +75,6 @@ def _labels() -> dict[str, str]:
 
 
 def _pinned(body: dict[str, Any]) -> dict[str, Any]:
-    from .notebook.client import HttpTransport
-
     def listed() -> dict[str, Any]:
         server = _find()
         found = HttpTransport(server) if server is not None else _said_local()

@@ -167,7 +167,7 @@ class Asker:
         inputs = _texts(texts)
         if not inputs:
             return _matrix([], dimensions or 0)
-        chosen = model or await self._embedder()
+        chosen = model or await self.embedder()
         rows: list[bytes] = []
         for some in _batches(inputs):
             rows += await self._embedded(some, chosen, dimensions, len(rows))
@@ -196,6 +196,9 @@ class Asker:
     async def prepared(self, body: dict[str, Any]) -> dict[str, Any]:
         """A completion's body as it is sent: with its model, and what a project's lock says of that."""
         return await self._prepare({**body, "model": await self.named(body.get("model"))})
+
+    async def get(self, path: str) -> dict[str, Any]:
+        return await self._transport().request("GET", path)
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return await self._transport().request("POST", path, body)
@@ -227,7 +230,8 @@ class Asker:
             raise
         return [base64.b64decode(one["embedding"]) for one in answer["data"]]
 
-    async def _embedder(self) -> str:
+    async def embedder(self) -> str:
+        """The first model that is made for vectors. Raises `InvalidValue` where there is none."""
         for row in await self.models():
             if row["embedding"] and row["kind"] == "model" and row["error"] is None:
                 return str(row["id"])
@@ -242,7 +246,7 @@ class Asker:
         return str(default)
 
     async def _listed(self) -> dict[str, Any]:
-        return await self._transport().request("GET", "shimmy/api/models")
+        return await self.get("shimmy/api/models")
 
 
 class Answering:

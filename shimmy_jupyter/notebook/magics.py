@@ -136,13 +136,13 @@ class ShimmyMagics(Magics):
                 gathered = view.follow(events(chunks))
         except KeyboardInterrupt:
             view.end("stopped")
-            raise KeyboardInterrupt from None
+            raise _stopped() from None
         except ContextLengthExceeded as error:
-            if asked.body["messages"][:-1] and not view.empty:
+            if view.begun:
                 view.end("failed")
             raise self._too_long(error, asked) from None
         except ShimmyError:
-            if not view.empty:
+            if view.begun:
                 view.end("failed")
             raise
         made = of(
@@ -317,7 +317,14 @@ class ShimmyMagics(Magics):
 
         from .panel import panel
 
-        display(panel(self.session.connection.transport))  # type: ignore[no-untyped-call]
+        display(panel(lambda: self.session.transport))  # type: ignore[no-untyped-call]
+
+
+def _stopped() -> KeyboardInterrupt:
+    """As the kernel's own, but for a traceback that would say nothing of the user's."""
+    error = KeyboardInterrupt()
+    error.__dict__["_render_traceback_"] = lambda: ["KeyboardInterrupt: the answer was stopped"]
+    return error
 
 
 vars(ShimmyMagics)["shimmy"].__doc__ = usage()

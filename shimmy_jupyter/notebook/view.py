@@ -79,8 +79,9 @@ class View:
         return found
 
     @property
-    def empty(self) -> bool:
-        return not (self.gathered.text or self.gathered.reasoning)
+    def begun(self) -> bool:
+        """Whether there is something on the screen."""
+        return self._id is not None or self._printed
 
     def _texts(self, items: Iterable[dict[str, Any]]) -> Iterator[str]:
         for item in items:

@@ -482,8 +482,8 @@ async def test_a_kernel_without_a_server(monkeypatch: pytest.MonkeyPatch) -> Non
 
 async def test_another_takes_over(notebook: Server) -> None:
     await api.achat("q")
-    before = api._session().portal
+    before = api.session().portal
     using(notebook)
-    assert api._session().portal is not before
+    assert api.session().portal is not before
     assert before._thread is None
     assert (await api.achat("q")).text == "q "

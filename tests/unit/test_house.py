@@ -36,6 +36,7 @@ MAY_NEED: dict[str, set[str]] = {
     | {"core", "engine", "models", "completion", "service", "guard", "audit", "health"}
     | {"administration", "auditing"},
     "notebook": LOW,
+    "frames": LOW | {"notebook"},
 }
 EDGE = {
     "api",
@@ -43,6 +44,7 @@ EDGE = {
     "compose",
     "local",
     "inkernel",
+    "framing",
     "kernel",
     "cli",
     "doctor",

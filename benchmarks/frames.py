@@ -1,0 +1,212 @@
+"""A data frame mapped through a model against a loop of single calls; and going on after an interrupt.
+
+    python benchmarks/frames.py [--rows 200] [--concurrency 32] [--tokens 64] [--repeats 3]
+
+A real Jupyter server with a model of the shape of Qwen3-0.6B, whose weights are random and whose
+answers never end early. Both sides ask the same kind of prompts, in turn, never the same prompt twice;
+both go over the same kind of connection, and every answer has as many tokens as are allowed. A round's ratio is
+the map's time by the loop's; the aim is 0.4. Then a map is interrupted half-way and called again: no row may be
+asked twice. Exit code 1 where either does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pandas as pd
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
+
+import random_gguf  # noqa: E402
+from kernel_session import RunningServer, running_server  # noqa: E402
+
+from shimmy_jupyter import frames  # noqa: E402
+from shimmy_jupyter.errors import from_code  # noqa: E402
+from shimmy_jupyter.frames.fill import Wiring  # noqa: E402
+
+AIM = 0.4
+INSTRUCTION = (
+    "Read the customer's message below. Say in one sentence what the customer wants, and in one more "
+    "what should be done about it first.\n\nMessage: "
+)
+PATH = "shimmy/v1/chat/completions"
+
+
+class Client:
+    """Asks one server. Counts what was asked; `stop_after` so many it interrupts the map."""
+
+    def __init__(self, server: RunningServer, model: str, folder: Path) -> None:
+        self.server, self.model, self.folder = server, model, folder
+        self.asked: Counter[str] = Counter()
+        self.answered: set[str] = set()
+        self.stop_after: int | None = None
+        self.tokens = 0
+
+    def wiring(self) -> Wiring:
+        async def identity(_model: str) -> str:
+            return "0" * 64
+
+        async def resolve(model: str | None, _task: str) -> str:
+            return model or self.model
+
+        def none(*_: Any) -> Any:
+            raise NotImplementedError
+
+        return Wiring(self.run, self.ask, none, none, resolve, identity, none, self.folder)
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        async def main() -> None:
+            self._task = asyncio.current_task()
+            async with httpx.AsyncClient(
+                timeout=None, limits=httpx.Limits(max_connections=256), **self.reach()
+            ) as self._http:
+                await work
+
+        try:
+            asyncio.run(main())
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+
+    def reach(self) -> dict[str, Any]:
+        headers = {"Authorization": f"token {self.server.token}"}
+        return {"base_url": self.server.url, "headers": headers, "trust_env": False}
+
+    async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        prompt = body["messages"][-1]["content"]
+        self.asked[prompt] += 1
+        answer = self.read(await self._http.post(PATH, json=body))
+        self.answered.add(prompt)
+        if len(self.answered) == self.stop_after and self._task is not None:
+            self._task.cancel()
+        return answer
+
+    def read(self, response: httpx.Response) -> dict[str, Any]:
+        answer = response.json()
+        if "error" in answer:
+            raise from_code(answer["error"]["code"], answer["error"]["message"])
+        self.tokens += answer["usage"]["completion_tokens"]
+        return dict(answer)
+
+    def loop(self, bodies: list[dict[str, Any]]) -> None:
+        with httpx.Client(timeout=None, **self.reach()) as client:
+            for body in bodies:
+                self.read(client.post(PATH, json=body))
+
+
+def texts(rows: int, name: str) -> list[str]:
+    return [
+        f"{name}, number {k}: the lamp that came on day {k % 28 + 1} is broken."
+        for k in range(rows)
+    ]
+
+
+def compare(client: Client, options: argparse.Namespace) -> list[dict[str, float]]:
+    rounds: list[dict[str, float]] = []
+    for number in range(options.repeats + 1):
+        rows = options.rows if number else min(options.rows, 4)  # the first loads the model
+        frame = pd.DataFrame({"text": texts(rows, f"map {number}")})
+        seconds: dict[str, float] = {}
+        client.tokens = 0
+        began = time.perf_counter()
+        frame.shimmy.map(
+            INSTRUCTION + "{text}",
+            max_tokens=options.tokens,
+            concurrency=options.concurrency,
+            cache=False,
+            progress=False,
+            errors="raise",
+        )
+        seconds["map"] = time.perf_counter() - began
+        bodies = [
+            {
+                "model": client.model,
+                "messages": [{"role": "user", "content": INSTRUCTION + text}],
+                "max_tokens": options.tokens,
+                "temperature": 0,
+            }
+            for text in texts(rows, f"loop {number}")
+        ]
+        began = time.perf_counter()
+        client.loop(bodies)
+        seconds["loop"] = time.perf_counter() - began
+        if client.tokens != 2 * rows * options.tokens:
+            raise RuntimeError(f"{client.tokens} tokens came, not {2 * rows * options.tokens}")
+        if number:
+            rounds.append(seconds)
+            ratio = seconds["map"] / seconds["loop"]
+            print(
+                f"round {number}: map {seconds['map']:.1f} s, loop {seconds['loop']:.1f} s, {ratio:.3f}",
+                flush=True,
+            )
+    return rounds
+
+
+def go_on(client: Client, options: argparse.Namespace) -> tuple[int, int, int]:
+    """Rows answered before the interrupt, rows asked after it, and rows asked although they were answered."""
+    frame = pd.DataFrame({"text": texts(options.rows, "again")})
+    again = {"max_tokens": options.tokens, "concurrency": options.concurrency, "progress": False}
+    client.stop_after = len(client.answered) + options.rows // 2
+    before = set(client.answered)
+    try:
+        frame.shimmy.map(INSTRUCTION + "{text}", **again)
+    except KeyboardInterrupt as stopped:
+        done = set(stopped.partial["answer"].dropna().index)  # type: ignore[attr-defined]
+    client.stop_after = None
+    answered = client.answered - before
+    client.asked.clear()
+    found = frame.shimmy.map(INSTRUCTION + "{text}", **again)
+    if found["answer"].isna().any():
+        raise RuntimeError("rows are missing")
+    return len(done), client.asked.total(), sum(prompt in answered for prompt in client.asked)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder, "models", "frames-06b.gguf")
+        model.parent.mkdir()
+        random_gguf.write(model, random_gguf.QWEN_06B, quantized=True, words=True)
+        environment = {"SHIMMY_MODEL_PATHS": str(model.parent)}
+        settings = ["--ShimmyEngine.max_sequences=32", "--ShimmyEngine.kv_tokens=16384"]
+        with running_server(*settings, environment=environment) as server:
+            client = Client(server, model.stem, Path(folder, "cache"))
+            frames.register(client.wiring)
+            rounds = compare(client, options)
+            done, asked, twice = go_on(client, options)
+    ratios = [one["map"] / one["loop"] for one in rounds]
+    result = {
+        "rows": options.rows,
+        "concurrency": options.concurrency,
+        "tokens": options.tokens,
+        "rounds": rounds,
+        "ratio": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+        "resumed": {"done": done, "asked": asked, "twice": twice},
+    }
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    print(f"ratio {statistics.median(ratios):.3f} ({spread}, {len(ratios)} rounds; aim {AIM})")
+    print(f"resumed: {done} of {options.rows} were done, {asked} asked afterwards, {twice} twice")
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    (results / "frames.json").write_text(json.dumps(result, indent=2) + "\n")
+    return int(statistics.median(ratios) > AIM or twice > 0 or done + asked != options.rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""How answers become columns: which ones a JSON schema makes, and what each of them can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import date, time
+from enum import Enum
+from typing import Any
+
+from ..errors import InvalidValue
+
+_WHOLE = 1 << 63
+_DEEPEST = 16
+"""Schemas within each other that are looked into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a column holds: text, integer, number, boolean, list (of one kind), record (of named
+    kinds), vector (of float32), or json: whatever comes.
+    """
+
+    name: str
+    parts: tuple[tuple[str, Kind], ...] = ()
+
+
+_NOTHING = object()
+TEXT, NUMBER, VECTOR, JSON = Kind("text"), Kind("number"), Kind("vector"), Kind("json")
+_SCALARS = {
+    "string": TEXT,
+    "integer": Kind("integer"),
+    "number": NUMBER,
+    "boolean": Kind("boolean"),
+}
+
+
+def kind_of(schema: object, root: Mapping[str, Any], depth: int = 0) -> Kind:
+    """Of what a JSON schema lets through, null aside. `root` has the definitions."""
+    found = _followed(schema, root)
+    if found is None or depth > _DEEPEST:
+        return JSON
+    branches = found.get("anyOf") or found.get("oneOf") or found.get("allOf")
+    if branches and "type" not in found:
+        return _merged(
+            [kind_of(one, root, depth + 1) for one in branches if not _is_null_only(one)]
+        )
+    types = found.get("type", [])
+    named = [one for one in ([types] if isinstance(types, str) else types) if one != "null"]
+    if not named:
+        values = found.get("enum", [found["const"]] if "const" in found else [])
+        return _merged([_kind_of_value(value) for value in values if value is not None])
+    return _merged([_kind_of_type(one, found, root, depth) for one in named])
+
+
+def _kind_of_type(name: str, found: Mapping[str, Any], root: Mapping[str, Any], depth: int) -> Kind:
+    if name == "array" and "items" in found and "prefixItems" not in found:
+        of = kind_of(found["items"], root, depth + 1)
+        return JSON if of == JSON else Kind("list", (("", of),))
+    properties = found.get("properties")
+    # A record has these fields and no others, or a column of records would lose them.
+    if name == "object" and properties and found.get("additionalProperties", True) is False:
+        parts = tuple((key, kind_of(one, root, depth + 1)) for key, one in properties.items())
+        return JSON if any(kind == JSON for _, kind in parts) else Kind("record", parts)
+    return _SCALARS.get(name, JSON)
+
+
+def _kind_of_value(value: object) -> Kind:
+    if isinstance(value, bool):
+        return _SCALARS["boolean"]
+    named = {str: "string", int: "integer", float: "number"}
+    return _SCALARS.get(named.get(type(value), ""), JSON)
+
+
+def _merged(kinds: list[Kind]) -> Kind:
+    different = set(kinds)
+    if len(different) == 1:
+        return different.pop()
+    return NUMBER if different == {NUMBER, _SCALARS["integer"]} else JSON
+
+
+def _is_null_only(schema: object) -> bool:
+    return isinstance(schema, dict) and schema.get("type") == "null"
+
+
+def _followed(schema: object, root: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The schema that a local reference leads to; None where there is none, or no end."""
+    for _ in range(_DEEPEST):
+        if not isinstance(schema, Mapping) or "$ref" not in schema:
+            break
+        here: object = root
+        for part in str(schema["$ref"]).removeprefix("#").split("/")[1:]:
+            name = part.replace("~1", "/").replace("~0", "~")
+            here = here.get(name) if isinstance(here, Mapping) else None
+        schema = here
+    return schema if isinstance(schema, Mapping) and "$ref" not in schema else None
+
+
+def fit(value: Any, kind: Kind) -> Any:
+    """The value as its column holds it. Raises `ValueError` or `OverflowError`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fitted: Any = _NOTHING
+    match kind.name:
+        case "text" | "boolean":
+            fitted = value if isinstance(value, str if kind == TEXT else bool) else _NOTHING
+        case "number":
+            fitted = float(value) if number else _NOTHING
+        case "integer":
+            fitted = int(value) if number and value == int(value) else _NOTHING
+        case "list" if isinstance(value, list):
+            fitted = [fit(one, kind.parts[0][1]) for one in value]
+        case "record" if isinstance(value, dict):
+            fitted = {name: fit(value.get(name), part) for name, part in kind.parts}
+    if value is None or kind == JSON:
+        return value
+    if fitted is _NOTHING:
+        raise ValueError(f"{type(value).__name__} where the schema has {kind.name}")
+    if kind.name == "integer" and not -_WHOLE <= fitted < _WHOLE:
+        raise OverflowError("a whole number does not fit into 64 bits")
+    return fitted
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which columns an answer becomes. `fields` are its properties; empty where it is one value, and then
+    there is one column.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    error: str
+    fields: tuple[str, ...] = ()
+
+    def values(self, answer: Any) -> tuple[Any, ...]:
+        """Raises `ValueError` where the answer does not fit."""
+        found = [answer.get(name) for name in self.fields] if self.fields else [answer]
+        try:
+            return tuple(fit(one, kind) for one, kind in zip(found, self.kinds, strict=True))
+        except OverflowError as error:
+            raise ValueError(str(error)) from None
+
+
+def layout_of(
+    schema: Mapping[str, Any] | None, into: str | Mapping[str, str] | None, default: str = "answer"
+) -> Layout:
+    """`into` names the column, or is what the names of an object's columns begin with, or says for each
+    field that is wanted which column it becomes. Raises `InvalidValue`.
+    """
+    if into is not None and (not isinstance(into, str | Mapping) or not into):
+        raise InvalidValue(
+            "a text that is not empty, or a mapping of fields to columns", param="into"
+        )
+    error = f"{into if isinstance(into, str) else default}_error"
+    root = (schema or {}) if schema is None or isinstance(schema, Mapping) else {}
+    top = _followed(root, root) or {}
+    properties = top.get("properties") if schema is not None else None
+    if not properties:
+        if isinstance(into, Mapping):
+            raise InvalidValue("the answer has no fields: name its one column", param="into")
+        kind = TEXT if schema is None else kind_of(root, root)
+        return _checked(Layout((default if into is None else into,), (kind,), error))
+    if isinstance(into, Mapping):
+        if unknown := [name for name in into if name not in properties]:
+            there = ", ".join(properties)
+            raise InvalidValue(
+                f"the schema has no field {unknown[0]!r}: there are {there}", param="into"
+            )
+        columns = {str(name): column for name, column in into.items()}
+    else:
+        columns = {name: f"{into}_{name}" if into is not None else name for name in properties}
+    kinds = tuple(kind_of(properties[name], root) for name in columns)
+    return _checked(Layout(tuple(columns.values()), kinds, error, tuple(columns)))
+
+
+def one_column(into: str, kind: Kind) -> Layout:
+    """Raises `InvalidValue`."""
+    return _checked(Layout((into,), (kind,), f"{into}_error"))
+
+
+def label_columns(into: str, labels: Sequence[str]) -> Layout:
+    """The label and the probability of each. Raises `InvalidValue`."""
+    if isinstance(labels, str) or not all(isinstance(one, str) and one for one in labels):
+        raise InvalidValue("a list of texts that are not empty", param="labels")
+    if len(set(labels)) < max(2, len(labels)):
+        raise InvalidValue("at least two labels, each once", param="labels")
+    names = (into, *(f"{into}_{label}" for label in labels))
+    return _checked(Layout(names, (TEXT, *[NUMBER] * len(labels)), f"{into}_error"))
+
+
+def _checked(found: Layout) -> Layout:
+    names = [*found.names, found.error]
+    if not found.names or not all(isinstance(name, str) and name for name in names):
+        raise InvalidValue("columns have names that are texts, and not empty", param="into")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InvalidValue(f"two columns would have the name {twice[0]!r}", param="into")
+    return found
+
+
+def plain(value: Any) -> Any:
+    """An instance as what JSON has: of a pydantic model, a dataclass, an enumeration, and so on."""
+    if isinstance(value, Enum):
+        value = value.value
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", by_alias=True)
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(one) for one in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return value.isoformat() if isinstance(value, date | time) else str(value)

@@ -1,0 +1,93 @@
+"""What data frames are answered by: the same asker as functions from Python, and a cache of the user's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jupyter_core.paths import jupyter_data_dir
+
+from .frames.fill import Wiring
+
+if TYPE_CHECKING:  # they are needed once a frame is
+    from .notebook.asking import Asker
+    from .notebook.classifying import Classifier
+
+_POLL = 0.2
+
+
+def wiring() -> Wiring:
+    """For one call on a frame."""
+    from .api import session
+    from .notebook.schemas import shape_of
+
+    found = session()
+    asker = found.asker
+
+    async def ask(body: dict[str, Any]) -> dict[str, Any]:
+        return await asker.post("shimmy/v1/chat/completions", await asker.prepared(body))
+
+    def embed(model: str) -> Callable[[list[str]], Awaitable[Sequence[Sequence[float]]]]:
+        async def vectors(texts: list[str]) -> Sequence[Sequence[float]]:
+            rows: Any = await asker.embed(texts, model=model)
+            return rows if isinstance(rows, list) else rows.tolist()
+
+        return vectors
+
+    def structure(kind: Any) -> tuple[Mapping[str, Any], Callable[[str], Any]]:
+        shape = shape_of(kind)
+        return shape.schema, shape.parse
+
+    return Wiring(
+        run=lambda work: found.portal.run(lambda: work),
+        ask=ask,
+        embed=embed,
+        classify=lambda model: _Classes(asker, model),
+        resolve=lambda model, task: _resolved(asker, model, task),
+        identity=lambda model: _identity(asker, model),
+        structure=structure,
+        folder=Path(jupyter_data_dir()) / "shimmy_jupyter" / "rows",
+    )
+
+
+class _Classes:
+    """One classifier for each list of labels, as what they have in common is asked once."""
+
+    def __init__(self, asker: Asker, model: str) -> None:
+        self._asker, self._model = asker, model
+        self._made: dict[tuple[str, ...], Classifier] = {}
+
+    async def __call__(self, text: str, labels: Sequence[str]) -> Mapping[str, float]:
+        from .notebook.classifying import Classifier
+
+        key = tuple(labels)
+        if key not in self._made:
+            self._made[key] = Classifier(self._asker, key, model=self._model)
+        return (await self._made[key].classify(text)).probabilities
+
+
+async def _resolved(asker: Asker, model: str | None, task: str) -> str:
+    if model is None and task == "embed":
+        return await asker.embedder()
+    return await asker.named(model)
+
+
+async def _identity(asker: Asker, model: str) -> str:
+    """What answers depend on: the model's bytes, read if nobody has done so yet, its template and the engine."""
+    meant = str((await asker.prepared({"model": model}))["model"])
+    listed = await asker.get("shimmy/api/models")
+    row = next((one for one in listed["models"] if one["id"] == meant), None)
+    if row is None:
+        return ""
+    sha256 = row["sha256"] or await _read(asker, meant)
+    return f"{sha256}:{row['chat_template']}:{listed['engine']}" if sha256 else ""
+
+
+async def _read(asker: Asker, model: str) -> str | None:
+    job = (await asker.post(f"shimmy/api/models/{model}/verify", {}))["job"]
+    while (look := await asker.get(f"shimmy/api/jobs/{job}"))["state"] == "running":  # noqa: ASYNC110
+        await asyncio.sleep(_POLL)
+    # As the listing has it from then on: of the first file.
+    return None if look["error"] is not None else str(look["result"]["sha256"][0])
