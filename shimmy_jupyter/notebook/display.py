@@ -272,7 +272,7 @@ class _Look:
 
     def _drawn(self, count: int, refers: list[str], depth: int) -> int:
         """How many elements are drawn for these."""
-        if False:
+        if depth > _DEEPEST:
             raise InvalidValue("it refers to itself")
         for name in refers:
             if name in self._named and name not in self._costs:

@@ -98,12 +98,13 @@ class View:
             self._show(done=False, note=waited(waiting))
 
     def _show(self, *, done: bool, note: str = "") -> None:
-        found = self.gathered
-        self._publish(
-            shown(self._format, found.text, note=note, reasoning=found.reasoning, done=done), {}
-        )
+        found, began = self.gathered, time.monotonic()
+        made = shown(self._format, found.text, note=note, reasoning=found.reasoning, done=done)
+        self._publish(made, {}, time.monotonic() - began)
 
-    def _publish(self, found: formats.Shown, metadata: Mapping[str, Any]) -> None:
+    def _publish(
+        self, found: formats.Shown, metadata: Mapping[str, Any], took: float = 0.0
+    ) -> None:
         said = {**found.metadata, **metadata}
         if self._id is None:
             self._id = f"shimmy-{time.time_ns():x}"
@@ -111,7 +112,7 @@ class View:
         else:
             update_display(found.bundle, metadata=said, raw=True, display_id=self._id)  # type: ignore[no-untyped-call]
         size = sum(len(part) for part in found.bundle.values() if isinstance(part, str))
-        self._pace.shown(time.monotonic(), size)
+        self._pace.shown(time.monotonic(), size, took)
         sys.stdout.flush()
 
 

@@ -156,6 +156,13 @@ def test_the_cache_is_bounded_by_what_it_holds(lexed: list[str]) -> None:
     assert highlight._CACHE.held <= 20_000, "one that does not fit is not kept"
 
 
+def test_what_is_shown_again_is_kept(lexed: list[str]) -> None:
+    for n in range(200):
+        highlighted("def kept(): return 1", "python")
+        highlighted(f"x = {n}  # " + "c" * 500, "python")
+    assert lexed.count("def kept(): return 1") == 1
+
+
 def luminance(colour: tuple[int, ...]) -> float:
     def linear(value: int) -> float:
         share = value / 255

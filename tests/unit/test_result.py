@@ -14,12 +14,9 @@ from typing import Any
 
 import nbformat
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from IPython.core.formatters import DisplayFormatter
 
 from shimmy_jupyter.errors import InternalError, InvalidValue
-from shimmy_jupyter.notebook.magics import _figures as todays_figures
 from shimmy_jupyter.notebook.result import (
     OWN_JSON,
     Completion,
@@ -151,6 +148,7 @@ class TestStream:
         came = [stream.add(chunk) for chunk in [waiting, *chunks("Hi **you**", size)]]
         assert "".join(came) == stream.text == "Hi **you**"
         assert (stream.reasoning, stream.reason) == ("hm", "stop")
+        assert "waiting" not in stream.last
         assert dataclasses.replace(stream.completion(), raw=body()) == WHOLE
 
     def test_of_a_text_completion_and_other_choices(self) -> None:
@@ -223,20 +221,6 @@ class TestFigures:
         none = SHIMMY | {"ttft_ms": None, "tokens_per_second": None}
         assert figures({"model": "m", "usage": USAGE | {"completion_tokens": 0, "prompt_tokens_details": {"cached_tokens": 0}},
                         "shimmy": none}, "stop") == "m · 0 tokens"  # fmt: skip
-
-    @given(
-        st.sampled_from(["stop", "length", None]),
-        st.sampled_from(["", "tutor of shimmy.lock"]),
-        st.one_of(st.none(), st.floats(0, 1e5)),
-        st.one_of(st.none(), st.floats(0, 1e5)),
-        st.integers(0, 10**6),
-    )
-    def test_begins_as_it_always_has(
-        self, reason: str | None, origin: str, rate: float | None, first: float | None, tokens: int
-    ) -> None:
-        last = {"model": "m", "usage": {"completion_tokens": tokens},
-                "shimmy": {"tokens_per_second": rate, "ttft_ms": first}}  # fmt: skip
-        assert figures(last, reason, origin) == todays_figures(last, reason, origin)
 
     def test_names_that_move_or_break_lines(self) -> None:
         assert figures({"model": "a\nb\u202e\x1b[2J"}, None, "c\r\nd") == "a b[2J · c d"
