@@ -4,8 +4,9 @@
 
 A real Jupyter server with a model of the shape of Qwen3-0.6B, whose weights are random and whose
 answers never end early. Both sides ask the same kind of prompts, in turn, never the same prompt twice;
-both go over the same kind of connection, and every answer has as many tokens as are allowed. A round's ratio is
-the map's time by the loop's; the aim is 0.4. Then a map is interrupted half-way and called again: no row may be
+both go over the same kind of connection, and every answer has as many tokens as are allowed. They are sampled:
+a greedy model of random weights repeats itself, and what repeats itself is guessed where one sequence decodes
+alone. A round's ratio is the map's time by the loop's; the aim is 0.4. Then a map is interrupted half-way and called again: no row may be
 asked twice. Exit code 1 where either does not hold.
 """
 
@@ -29,6 +30,7 @@ import pandas as pd
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
 
+import prompts  # noqa: E402
 import random_gguf  # noqa: E402
 from kernel_session import RunningServer, running_server  # noqa: E402
 
@@ -37,10 +39,10 @@ from shimmy_jupyter.errors import from_code  # noqa: E402
 from shimmy_jupyter.frames.fill import Wiring  # noqa: E402
 
 AIM = 0.4
-INSTRUCTION = (
-    "Read the customer's message below. Say in one sentence what the customer wants, and in one more "
-    "what should be done about it first.\n\nMessage: "
-)
+ROW_TOKENS = 24
+"""Of a row's own text: in this model a character is a token."""
+SAMPLING = {**prompts.SAMPLING, "seed": 1}
+INSTRUCTION = "Say what this customer wants, and what to do about it first: "
 PATH = "shimmy/v1/chat/completions"
 
 
@@ -106,10 +108,7 @@ class Client:
 
 
 def texts(rows: int, name: str) -> list[str]:
-    return [
-        f"{name}, number {k}: the lamp that came on day {k % 28 + 1} is broken."
-        for k in range(rows)
-    ]
+    return [prompts.text(ROW_TOKENS, f"{name}/{k}") for k in range(rows)]
 
 
 def compare(client: Client, options: argparse.Namespace) -> list[dict[str, float]]:
@@ -127,6 +126,7 @@ def compare(client: Client, options: argparse.Namespace) -> list[dict[str, float
             cache=False,
             progress=False,
             errors="raise",
+            **SAMPLING,
         )
         seconds["map"] = time.perf_counter() - began
         bodies = [
@@ -134,7 +134,7 @@ def compare(client: Client, options: argparse.Namespace) -> list[dict[str, float
                 "model": client.model,
                 "messages": [{"role": "user", "content": INSTRUCTION + text}],
                 "max_tokens": options.tokens,
-                "temperature": 0,
+                **SAMPLING,
             }
             for text in texts(rows, f"loop {number}")
         ]
@@ -156,7 +156,12 @@ def compare(client: Client, options: argparse.Namespace) -> list[dict[str, float
 def go_on(client: Client, options: argparse.Namespace) -> tuple[int, int, int]:
     """Rows answered before the interrupt, rows asked after it, and rows asked although they were answered."""
     frame = pd.DataFrame({"text": texts(options.rows, "again")})
-    again = {"max_tokens": options.tokens, "concurrency": options.concurrency, "progress": False}
+    again = {
+        "max_tokens": options.tokens,
+        "concurrency": options.concurrency,
+        "progress": False,
+        **SAMPLING,
+    }
     client.stop_after = len(client.answered) + options.rows // 2
     before = set(client.answered)
     try:
@@ -178,11 +183,13 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kind", choices=["Q8_0", "Q4_0", "F32"], default="Q8_0")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "models", "frames-06b.gguf")
         model.parent.mkdir()
-        random_gguf.write(model, random_gguf.QWEN_06B, quantized=True, words=True)
+        kind = "" if options.kind == "F32" else options.kind
+        random_gguf.write(model, random_gguf.QWEN_06B, quantized=kind, words=True)
         environment = {"SHIMMY_MODEL_PATHS": str(model.parent)}
         settings = ["--ShimmyEngine.max_sequences=32", "--ShimmyEngine.kv_tokens=16384"]
         with running_server(*settings, environment=environment) as server:
@@ -195,6 +202,7 @@ def main() -> int:
         "rows": options.rows,
         "concurrency": options.concurrency,
         "tokens": options.tokens,
+        "kind": options.kind,
         "rounds": rounds,
         "ratio": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
         "resumed": {"done": done, "asked": asked, "twice": twice},

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +20,14 @@ from IPython.testing.globalipapp import start_ipython
 
 from shimmy_jupyter.config import kernel_environment
 from shimmy_jupyter.errors import InternalError, InvalidValue, QueueFull, ServerUnreachable
-from shimmy_jupyter.notebook.client import Connection, HttpTransport, Server, events, find_server
+from shimmy_jupyter.notebook.client import (
+    Connection,
+    HttpTransport,
+    Server,
+    check,
+    events,
+    find_server,
+)
 from shimmy_jupyter.notebook.extension import load, unload
 from shimmy_jupyter.notebook.magics import ShimmyMagics, questions_are_not_help
 
@@ -242,3 +250,13 @@ class TestMagics:
         assert "shimmy" not in shell.magics_manager.magics["line"]
         assert "shimmy" not in shell.magics_manager.magics["cell"]
         assert questions_are_not_help not in shell.input_transformers_cleanup
+
+
+def test_health_that_is_down_is_an_answer() -> None:
+    """Which part is down is what was asked for; any other 503 is an error."""
+    check(httpx.Response(503, json={"status": "down", "dependencies": [], "active": 0}))
+    error = {"message": "full", "code": "queue_full", "param": None, "request_id": "r"}
+    with pytest.raises(QueueFull):
+        check(httpx.Response(503, json={"error": error}))
+    with pytest.raises(ServerUnreachable):
+        check(httpx.Response(503, text="gone"))

@@ -241,6 +241,7 @@ class TestNobodyThere:
             asked += len(desk.do(m.Tick()))
             for purpose in list(desk.state.asked.values()):
                 desk.answer(purpose)
+        assert IDLE_SECONDS == 5 * 60
         assert asked == 2 * (IDLE_SECONDS / 15 - 1)
         assert desk.now == last + IDLE_SECONDS
         self.quiet(desk)

@@ -280,10 +280,12 @@ class TestControls:
     def test_live(self, desk: Desk) -> None:
         desk.server.bodies["shimmy/health"] = {
             "status": "degraded", "active": 2,
-            "dependencies": [{"name": "memory", "status": "ok", "detail": "5 GB", "action": None}],
+            "dependencies": [{"name": "memory", "status": "ok", "detail": "5 GB", "action": "unload"}],
         }  # fmt: skip
         desk.turn("live")
         assert "The server is degraded; 2 requests and jobs are in progress" in desk.seen
+        assert ">5 GB</td>" in desk.panel.live.health.value
+        assert ">unload</td>" in desk.panel.live.health.value
         assert "None of your requests waits." in desk.panel.live.queue.value
         desk.stream(chunk("x"), *end())
         desk.panel.ask.prompt.value = "hi"
@@ -293,6 +295,7 @@ class TestControls:
     def test_audit(self, desk: Desk) -> None:
         desk.turn("audit")
         tab = desk.panel.audit
+        assert [id for _, id in tab.record.options] == ["r"]  # what is erased has no receipt
         tab.filters["kind"].value = "end"
         tab.filters["since"].value = "2026-11-01"
         assert desk.press(tab.apply)[0][1] == (
@@ -583,8 +586,9 @@ class TestFailing:
             raise ValueError("cannot be shown")
 
         monkeypatch.setattr(desk.panel.limits, "show", fails)
-        desk.turn("limits")
+        desk.turn("audit")
         assert "ValueError: cannot be shown [internal_error]" in desk.said
+        assert "Records, page 1" in desk.panel.audit.page.value  # of those after it
         assert not desk.panel._rendering
 
     def test_a_typed_error_keeps_its_code(self, desk: Desk) -> None:

@@ -611,6 +611,23 @@ class TestPost:
         post.put(m.Tick())
         assert got == [m.Tick()]
 
+    def test_what_a_loop_left_undelivered_is_delivered(self) -> None:
+        got: list[m.Event] = []
+        post = Post(got.extend)
+        loop = asyncio.new_event_loop()
+
+        def last() -> None:
+            post.here()
+            loop.stop()
+            post.put(m.Tick())  # the loop does not turn again
+
+        loop.call_soon(last)
+        loop.run_forever()
+        assert got == []
+        post.put(m.Hidden())
+        assert got == [m.Tick(), m.Hidden()]
+        loop.close()
+
     def test_what_a_busy_loop_holds_up_goes_to_the_one_heard_since(self) -> None:
         """A person who acts by way of a subshell does not wait for the cell that is running."""
         got: list[str] = []

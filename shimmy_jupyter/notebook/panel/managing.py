@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -125,7 +124,7 @@ def number_of(name: str, text: str, range_: Range) -> float | Problem | None:
         value: float = int(text) if range_.whole else float(text)
     except ValueError:
         return Problem("invalid_value", f"{text[:40]!r} is not {wanted}", name)
-    if not math.isfinite(value) or not range_.least <= value <= range_.most:
+    if not range_.least <= value <= range_.most:
         why = f" ({range_.reason})" if range_.reason else ""
         return Problem("invalid_value", f"{text[:40]} is not {wanted}{why}", name)
     return value

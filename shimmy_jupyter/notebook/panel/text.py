@@ -13,7 +13,7 @@ from .records import Exported, Page, Receipt, Usage, Verdict
 from .shapes import LIMITS
 from .state import Answer, Figures, Health, Job, Limit, Model, Models, Rate
 
-_CELL = "padding:2px 8px;text-align:left;vertical-align:top"
+_CELL = "line-height:1.4;padding:2px 8px;text-align:left;vertical-align:top"
 _SOON = 600
 """Seconds within which a time is said with its seconds."""
 _LONGEST = 300
@@ -46,7 +46,7 @@ def paragraph(text: str) -> str:
 
 
 def _paragraph(page: str) -> str:
-    return f'<p style="margin:2px 0">{page}</p>'
+    return f'<p style="line-height:1.4;margin:4px 0">{page}</p>'
 
 
 def several(count: int, what: str) -> str:
@@ -204,7 +204,7 @@ def answer(found: Answer) -> str:
     note = _note(found)
     if note:
         parts.append(_paragraph(f"<small>{short(note)}</small>"))
-    return f'<div class="shimmy-answer">{"".join(parts)}</div>'
+    return f'<div class="shimmy-answer" style="line-height:1.4">{"".join(parts)}</div>'
 
 
 def _note(found: Answer) -> str:

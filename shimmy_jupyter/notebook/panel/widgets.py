@@ -147,13 +147,17 @@ class Panel(c.widgets.VBox):  # type: ignore[misc]
     def _show(self) -> None:
         self._rendering = True
         try:
-            self._show_frame(self.state)
-            for one in self._sections:
-                one.show(self.state)
-        except Exception as error:  # noqa: BLE001  people see it, with its code
-            self.status.value = _said("alert", text.failed(problem_of(error)))
+            for show in (self._show_frame, *(one.show for one in self._sections)):
+                self._shown_or_said(show)
         finally:
             self._rendering = False
+
+    def _shown_or_said(self, show: Callable[[State], None]) -> None:
+        """What cannot be shown does not keep the rest from it."""
+        try:
+            show(self.state)
+        except Exception as error:  # noqa: BLE001  people see it, with its code
+            self.status.value = _said("alert", text.failed(problem_of(error)))
 
     def _show_frame(self, state: State) -> None:
         if self._seen.new("status", state.notice, state.asleep, state.paused, state.visible):
@@ -168,15 +172,19 @@ class Panel(c.widgets.VBox):  # type: ignore[misc]
             c.shown(self.confirm, yes=confirm is not None)
             if confirm is not None:
                 self.no.focus()
+        if self._seen.new("models", state.models, state.chosen):
+            self._show_model(state)
+
+    def _show_model(self, state: State) -> None:
         models = ready(state.models)
-        if models is not None and self._seen.new("models", state.models, state.chosen):
+        if models is None:
+            self.about.value = text.unready(state.models, "Models")
+        else:
             offered = [(one.id, one.id) for one in models.models if one.answers]
             if state.chosen is not None and state.chosen not in {id for _, id in offered}:
                 offered.append((state.chosen, state.chosen))
             c.choose(self.model, offered, state.chosen)
             self.about.value = text.model_line(models.find(state.chosen))
-        elif models is None and self._seen.new("models", state.models, state.chosen):
-            self.about.value = text.unready(state.models, "Models")
 
     def _show_section(self, index: int) -> None:
         """Which is in view is told by a mark, not by a colour alone."""
@@ -210,21 +218,24 @@ class Panel(c.widgets.VBox):  # type: ignore[misc]
 
 def _status(state: State) -> str:
     """The one place that screen readers are told to watch."""
-    notice = state.notice
-    parts = [] if notice is None else [text.paragraph(notice.text)] if notice.problem is None else [
-        text.paragraph(f"This did not work: {notice.text}.") if notice.text else "",
-        text.failed(notice.problem),
-    ]  # fmt: skip
+    notice, parts = state.notice, []
+    if notice is not None and notice.problem is not None:
+        if notice.text:
+            parts.append(text.paragraph(f"This did not work: {notice.text}."))
+        parts.append(text.failed(notice.problem))
+    elif notice is not None:
+        parts.append(text.paragraph(notice.text))
     if state.asleep:
-        why = "you have paused it" if state.paused else (
-            "nobody has used this panel for five minutes" if state.visible else "nobody sees it"
-        )  # fmt: skip
+        why = "nobody has used this panel for five minutes" if state.visible else "nobody sees it"
+        why = "you have paused it" if state.paused else why
         parts.append(text.paragraph(_ASLEEP.format(why=why)))
     wrong = notice is not None and notice.problem is not None
     return _said("alert" if wrong else "status", "".join(parts))
 
 
 def _said(role: str, body: str) -> str:
+    # The widget replaces its content, of which not every screen reader reads a status out; an alert
+    # that appears is read by all.
     live = "assertive" if role == "alert" else "polite"
     return f'<div role="{role}" aria-live="{live}" aria-atomic="true">{body}</div>'
 

@@ -69,7 +69,6 @@ class Work:
         """
         with self._changed:
             self._closed = True
-            self._new.clear()
             self._changed.notify()
 
     def _run(self) -> None:
