@@ -234,7 +234,10 @@ class TestTwins:
             "tokenize",
             "models",
         }
-        assert set(api.__all__) == waiting | {f"a{name}" for name in waiting} | {"openai_client"}
+        assert set(api.__all__) == waiting | {f"a{name}" for name in waiting} | {
+            "openai_client",
+            "panel",
+        }
         for name in api.__all__:
             assert getattr(api, name).__doc__, name
 
