@@ -24,10 +24,10 @@ def __getattr__(name: str) -> Any:
         from . import api
 
         return getattr(api, name)
-    if name == "errors":
+    if name in ("errors", "frames"):
         from importlib import import_module
 
-        return import_module(".errors", __name__)
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

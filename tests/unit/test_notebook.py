@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.testing.globalipapp import start_ipython
 
+import shimmy_jupyter
 from shimmy_jupyter.config import kernel_environment
 from shimmy_jupyter.errors import InternalError, InvalidValue, QueueFull, ServerUnreachable
 from shimmy_jupyter.notebook.client import (
@@ -260,3 +261,17 @@ def test_health_that_is_down_is_an_answer() -> None:
         check(httpx.Response(503, json={"error": error}))
     with pytest.raises(ServerUnreachable):
         check(httpx.Response(503, text="gone"))
+
+
+def test_what_is_there_by_name() -> None:
+    import shimmy
+    from shimmy_jupyter import api, errors, frames
+
+    assert (
+        set(shimmy_jupyter.API) == set(api.__all__) <= set(dir(shimmy)) & set(dir(shimmy_jupyter))
+    )
+    for name in shimmy_jupyter.API:
+        assert getattr(shimmy, name) is getattr(api, name)
+    assert (shimmy.errors, shimmy.frames) == (errors, frames)
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = shimmy.nothing_such
