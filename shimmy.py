@@ -9,6 +9,10 @@ __all__ = ["__version__", "load_ipython_extension", "unload_ipython_extension", 
 
 
 def __getattr__(name: str) -> Any:
+    if name in API:  # past `shimmy_jupyter.models`, which is a package of its own
+        from shimmy_jupyter import api
+
+        return getattr(api, name)
     return getattr(shimmy_jupyter, name)
 
 

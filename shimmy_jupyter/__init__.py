@@ -16,11 +16,11 @@ API = (
     "achat", "aclassify", "acomplete", "aembed", "aextract", "amodels", "astream", "atokenize", "chat",
     "classify", "complete", "embed", "extract", "models", "openai_client", "panel", "stream", "tokenize",
 )  # fmt: skip
-"""Taken from `shimmy_jupyter.api` when they are first needed."""
+"""Taken from `shimmy_jupyter.api` when they are first needed; `models` only by `import shimmy`."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in API:
+    if name in API and name != "models":  # which is a package of ours
         from . import api
 
         return getattr(api, name)

@@ -272,6 +272,7 @@ def test_what_is_there_by_name() -> None:
     )
     for name in shimmy_jupyter.API:
         assert getattr(shimmy, name) is getattr(api, name)
+        assert name == "models" or getattr(shimmy_jupyter, name) is getattr(api, name)
     assert (shimmy.errors, shimmy.frames) == (errors, frames)
     with pytest.raises(AttributeError, match="nothing_such"):
         _ = shimmy.nothing_such
