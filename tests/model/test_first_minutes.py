@@ -214,7 +214,7 @@ async def test_from_a_notebook(
 
 
 @pytest.mark.parametrize(
-    "line", ["models of the atom", "pull", "pull the other one", "pulls a/b", "models?", ""]
+    "line", ["models of the atom", "pull the other one", "pulls a/b", "models?", ""]
 )
 def test_a_prompt_that_begins_like_a_command(line: str) -> None:
     assert not isinstance(parse_line(line), Command)

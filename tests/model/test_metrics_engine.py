@@ -96,7 +96,8 @@ async def check_an_answer(service: CompletionService) -> None:
     between = value("inter_token_seconds_sum")
     assert between == pytest.approx(1 / timings.tokens_per_second)
     whole = value("request_seconds_sum", route="completions")
-    assert whole > first + between * (usage.completion_tokens - 2)
+    # The first token is heard of when the event loop comes to it: later ones may be there by then.
+    assert whole >= max(first, between * (usage.completion_tokens - 1))
     (model,) = service.pool.loaded()
     statistics = model.engine.statistics
     assert value("batch_size_count") == statistics.steps > 0
