@@ -21,7 +21,7 @@ from .conversation import Exchange
 from .display import clean, inert
 from .grammar import Command, parse_line
 from .helptext import about, usage
-from .provenance import KEY, Kept, of, with_seed
+from .provenance import KEY, Kept, from_json, of, with_seed
 from .replay import replay
 from .result import Completion
 from .saved import answer_of
@@ -290,7 +290,7 @@ class ShimmyMagics(Magics):
 
     def _replay(self, given: Mapping[str, Any], board: Board) -> None:
         which = given["variable"] or ""
-        kept = self.session.answers.get(which)
+        kept = self._held(which) or self.session.answers.get(which)
         if kept is None and self.session.origin.path is not None:
             kept = answer_of(self.session.origin.path, which)
         if kept is None:
@@ -299,6 +299,13 @@ class ShimmyMagics(Magics):
         board.say("asking again")
         outcome = replay(self.session.transport, kept.provenance, kept.text)
         board.say(*outcome.lines())
+
+    def _held(self, which: str) -> Kept | None:
+        """The answer that a variable holds, by whichever way it came there."""
+        found: object = self.session.remembered.namespace().get(which)
+        if not isinstance(found, Completion) or found.provenance is None:
+            return None
+        return Kept(from_json(dict(found.provenance)), found.text)
 
     def _lock(self, given: Mapping[str, Any], board: Board) -> None:
         model = self.session.meant(given["model"] or self.model) or self.session.default_model()

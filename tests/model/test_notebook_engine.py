@@ -88,6 +88,9 @@ async def test_a_cell_replays(server: RunningServer) -> None:
         assert kept["parameters"]["reproducible"] is True
         assert kept["request"]["messages"][-1]["content"] == "Tell me something"
         assert (await said(session, "%shimmy replay")).startswith("identical")
+        await session.execute("x = %shimmy --seed 4 --max-tokens 9 Tell me something else")
+        await session.execute("%shimmy --seed 5 --max-tokens 9 And now")
+        assert (await said(session, "%shimmy replay x")).startswith("identical: 9 tokens")
 
 
 async def test_one_policy_for_all(tmp_path: Path) -> None:
