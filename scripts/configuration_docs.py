@@ -95,6 +95,7 @@ In `shimmy_jupyter` below Jupyter's data folder (`jupyter --data-dir`), readable
 | `audit/ledger.key` | the key of its digests, beside the ledger wherever that is |
 | `limits.sqlite` | what has been used of limits; `kernel-limits.sqlite` for kernels without a server |
 | `hashes/`, `probes/` | SHA-256 of model files, and how it went when they were tried out; can be removed |
+| `rows/` | answers to rows of data frames, [as texts](notebook.md#data-frames); can be removed |
 
 ## Examples
 
