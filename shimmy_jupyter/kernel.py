@@ -13,10 +13,9 @@ from IPython.core.interactiveshell import InteractiveShell
 from jupyter_core.paths import jupyter_runtime_dir
 
 from .config import home, kernel_environment, load_config, load_system_config, settings
-from .errors import InvalidValue
 from .frames import register
 from .notebook.board import follow
-from .notebook.client import HttpTransport, Server, Transport, find_server, say_inside
+from .notebook.client import Connection, Server, Transport, find_server, say_inside
 from .notebook.extension import load as load_magics
 from .notebook.session import Resolved, Session, Tools
 
@@ -29,6 +28,8 @@ _own: list[Any] = []
 """The service in this kernel, where it has one."""
 _loaded: list[Session] = []
 """What the magics and the Python functions share, once the magics are loaded."""
+_alone: list[Connection] = []
+"""What the panel and the functions have without them."""
 
 
 def load(shell: InteractiveShell) -> Session:
@@ -47,15 +48,14 @@ def _framing() -> Any:
 
 def transport() -> Transport:
     """Where the panel asks. Raises `ServerUnreachable`."""
-    if _loaded:
-        return _loaded[0].connection.transport()
-    server = _find()
-    return _said_local() if server is None else HttpTransport(server, _labels)
+    if not _loaded and not _alone:
+        _alone.append(Connection(_find, _local, _labels))
+    return (_loaded[0].connection if _loaded else _alone[0]).transport()
 
 
 def asker() -> tuple[Asker, AsyncConnection]:
     """For functions that are called from Python: through the same server as the magics, under the same
-    rules, with the model that the notebook has chosen where none is named.
+    rules. Where no model is named it is the server's default, whatever the magics have been told to use.
     """
     from .notebook.asking import Asker
     from .notebook.remote import AsyncConnection
@@ -67,7 +67,7 @@ def asker() -> tuple[Asker, AsyncConnection]:
             session.origin.check()
         return await asyncio.to_thread(_pinned, body)
 
-    return Asker(connection.transport, default_model=None, prepare=prepare), connection
+    return Asker(connection.transport, prepare=prepare), connection
 
 
 def _labels() -> dict[str, str]:
@@ -75,12 +75,7 @@ def _labels() -> dict[str, str]:
 
 
 def _pinned(body: dict[str, Any]) -> dict[str, Any]:
-    def listed() -> dict[str, Any]:
-        server = _find()
-        found = HttpTransport(server) if server is not None else _said_local()
-        return found.get("shimmy/api/models")
-
-    found = _resolve(body, "", listed)
+    found = _resolve(body, "", lambda: transport().get("shimmy/api/models"))
     return body if found is None else found.body
 
 
@@ -121,7 +116,6 @@ def _resolve(
 
 def _lock(model: str, alias: str, transport: Transport) -> list[str]:
     """Into the lock above the kernel's folder, or a new one there."""
-    from .models.lockfile import LockError
     from .models.locking import lock
 
     def read(id: str) -> dict[str, Any]:
@@ -130,10 +124,7 @@ def _lock(model: str, alias: str, transport: Transport) -> list[str]:
 
     listing: Any = transport.get("shimmy/api/models")
     now = datetime.now(UTC)
-    try:
-        return lock(model, alias, listing, read, now, start=Path.cwd(), home=home())
-    except LockError as error:
-        raise InvalidValue(str(error), param="alias") from error
+    return lock(model, alias, listing, read, now, start=Path.cwd(), home=home())
 
 
 def _doctor() -> list[str]:

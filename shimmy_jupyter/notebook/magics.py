@@ -94,7 +94,6 @@ class ShimmyMagics(Magics):
         self.session = session
         self._check, self._draw = check, draw
         self._warned: set[str] = set()
-        self._shown: Completion | None = None
 
     @no_var_expand  # braces and dollars are a prompt's own
     @line_cell_magic

@@ -10,6 +10,7 @@ from .asked import Asked, Settings
 from .board import Board, clock_time
 from .client import Transport
 from .display import inert, one_line, to_html
+from .result import figures
 from .session import Session
 
 Arguments = Mapping[str, Any]
@@ -129,9 +130,4 @@ def _side_by_side(found: list[dict[str, Any]]) -> tuple[str, str]:
 def _figures(one: Mapping[str, Any]) -> str:
     if "error" in one:
         return "no answer"
-    rate, first = one["shimmy"]["tokens_per_second"], one["shimmy"]["ttft_ms"]
-    parts = [f"{one['usage']['completion_tokens']} tokens"]
-    parts += [f"{rate:.0f} tokens/s"] if rate else []
-    parts += [f"first token after {first:.0f} ms"] if first is not None else []
-    parts += ["cut off at max_tokens"] if one["choices"][0]["finish_reason"] == "length" else []
-    return " · ".join(parts)
+    return figures(one, one["choices"][0]["finish_reason"])
