@@ -21,8 +21,9 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from ..errors import ShimmyError
 from .arguments import FLAGS, Flag, Wrong, find, flag_at, next_word, skip
-from .grammar import COMMANDS, VERBS, Argument, Verb, slots_of
+from .grammar import slots_of
 from .helptext import quoted
+from .verbs import COMMANDS, VERBS, Argument, Verb
 
 Names = Callable[[], Sequence[str]]
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
+from traitlets import TraitError
+from traitlets.config.loader import DeferredConfig
 
 from . import completer
 from .client import Connection, Server, Transport
-from .magics import ShimmyMagics, questions_are_not_help
+from .display import clean
+from .magics import ShimmyMagics, nor_are_those_of_compat, questions_are_not_help
 from .origin import Origin
 from .remembered import Remembered
 from .session import Session, Tools
@@ -25,6 +29,7 @@ def load(
     said.
     """
     unload(shell)
+    _drop_rejected(shell)
     origin = Origin(shell, session)
     connection = Connection(find, local, origin.headers)
     made = Session(shell, connection, origin, Remembered(shell), tools or Tools())
@@ -32,6 +37,24 @@ def load(
     shell.input_transformers_cleanup.append(questions_are_not_help)
     completer.install(shell, completer.Remembered(made.names_at_hand), made.variables)
     return made
+
+
+def _drop_rejected(shell: InteractiveShell) -> None:
+    """`%config` puts a value into the shell's configuration before it is refused, and there it would
+    keep the magics from ever being made again.
+    """
+    section = shell.config.get(ShimmyMagics.__name__, {})
+    traits: dict[str, Any] = ShimmyMagics.class_traits(config=True)
+    for name in [name for name in traits if name in section]:
+        trait, value = traits[name], section[name]
+        if (value is None and trait.allow_none) or isinstance(value, DeferredConfig):
+            continue
+        try:
+            trait.validate(None, value)
+        except TraitError:
+            del section[name]
+            said = f"{ShimmyMagics.__name__}.{name} = {value!r}"
+            print(f"shimmy: {clean(said)[:200]} is not taken: {name} cannot have this value")
 
 
 def unload(shell: InteractiveShell) -> None:
@@ -45,6 +68,7 @@ def unload(shell: InteractiveShell) -> None:
         if isinstance(getattr(table.get("ai"), "__self__", None), ShimmyMagics):
             del table["ai"]
     shell.magics_manager.registry.pop(ShimmyMagics.__name__, None)
-    while questions_are_not_help in shell.input_transformers_cleanup:
-        shell.input_transformers_cleanup.remove(questions_are_not_help)
+    for ours in (questions_are_not_help, nor_are_those_of_compat):
+        while ours in shell.input_transformers_cleanup:
+            shell.input_transformers_cleanup.remove(ours)
     completer.uninstall(shell)

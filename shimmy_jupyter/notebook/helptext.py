@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import InvalidValue
 from .arguments import FLAGS, Flag, Options, did_you_mean, near, shown
-from .grammar import COMMANDS, NAMED, VERBS, Argument, Command, Form, Prompt, Verb
+from .grammar import Command, Prompt
+from .verbs import COMMANDS, NAMED, VERBS, Argument, Form, Verb
 
 _WIDTH = 96
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@,+][A-Za-z0-9_./:@,+-]*")

@@ -28,28 +28,41 @@ from .saved import answer_of
 from .session import Session
 from .view import Shown, View
 
-_ASKED = re.compile(r"^(\s*(?:\w+\s*=\s*)?)%shimmy\s+(\S.*\?)\s*$")
 _ASSIGNED = re.compile(r"=\s*(?:%shimmy|get_ipython\(\))")
 _CHAT = "shimmy/v1/chat/completions"
 
 
-def questions_are_not_help(lines: list[str]) -> list[str]:
-    """IPython reads `%shimmy What does len do?` as a wish for help on `do`. An input transformer,
-    which takes and returns a cell's lines; it leaves other cells' magics and texts alone.
+Transformer = Callable[[list[str]], list[str]]
+"""An input transformer of IPython's: takes and returns a cell's lines."""
+
+
+def _questions(magic: str) -> Transformer:
+    """IPython reads `%shimmy What does len do?` as a wish for help on `do`. This keeps it from that, and
+    leaves other cells' magics and texts alone.
     """
-    if not lines or lines[0].startswith("%%"):
-        return lines
-    changed = []
-    inside = ""
-    for line in lines:
-        match = None if inside else _ASKED.match(line)
-        if match:
-            changed.append(f"{match[1]}get_ipython().run_line_magic('shimmy', {match[2]!r})\n")
-            continue
-        changed.append(line)
-        for quotes in re.findall(r'"""|\'\'\'', line):
-            inside = "" if inside == quotes else inside or quotes
-    return changed
+    asked = re.compile(rf"^(\s*(?:\w+\s*=\s*)?)%{magic}\s+(\S.*\?)\s*$")
+
+    def transform(lines: list[str]) -> list[str]:
+        if not lines or lines[0].startswith("%%"):
+            return lines
+        changed = []
+        inside = ""
+        for line in lines:
+            match = None if inside else asked.match(line)
+            if match:
+                changed.append(f"{match[1]}get_ipython().run_line_magic({magic!r}, {match[2]!r})\n")
+                continue
+            changed.append(line)
+            for quotes in re.findall(r'"""|\'\'\'', line):
+                inside = "" if inside == quotes else inside or quotes
+        return changed
+
+    return transform
+
+
+questions_are_not_help = _questions("shimmy")
+nor_are_those_of_compat = _questions("ai")
+"""While `%ai` is ours."""
 
 
 @magics_class
@@ -90,8 +103,8 @@ class ShimmyMagics(Magics):
         check: Callable[[], None] = lambda: None,
         draw: Callable[[int], int] = secrets.randbelow,
     ) -> None:
+        self.session = session  # first: a value of %config that is refused ends what follows
         super().__init__(session.shell)
-        self.session = session
         self._check, self._draw = check, draw
         self._warned: set[str] = set()
 
@@ -101,9 +114,11 @@ class ShimmyMagics(Magics):
         if cell is not None:
             self._check()
             return self._answer(parse_cell(line), cell.strip("\n"))
-        found = parse_line(line, self.session.names, self.session.variables)
+        found = parse_line(line, self.session.names, self.session.answered)
         if isinstance(found, Command):
             return self._command(found)
+        if found.meant:
+            print(f"shimmy: this is asked as a prompt; %shimmy {found.meant} is the command")
         self._check()
         return self._answer(found.options, found.text)
 
@@ -242,6 +257,9 @@ class ShimmyMagics(Magics):
         theirs = "ai" in magics.magics["cell"]
         for kind in ("line", "cell"):
             magics.register_function(self._bound(), kind, "ai")
+        transformers = self.session.shell.input_transformers_cleanup
+        if nor_are_those_of_compat not in transformers:
+            transformers.append(nor_are_those_of_compat)
         completer.install(
             self.session.shell,
             completer.Remembered(self.session.names_at_hand),
@@ -297,7 +315,10 @@ class ShimmyMagics(Magics):
         self._check()
         board.say("asking again")
         outcome = replay(self.session.transport, kept.provenance, kept.text)
-        board.say(*outcome.lines())
+        altered = ["the saved output does not have the answer's text as it was"] * (
+            kept.text is None
+        )
+        board.say(*outcome.lines(), *altered)
 
     def _held(self, which: str) -> Kept | None:
         """The answer that a variable holds, by whichever way it came there."""

@@ -18,7 +18,7 @@ from .client import Transport, events
 from .display import one_line
 from .divergence import Divergence, Score, divergence
 from .provenance import Kept, Provenance, digest, of
-from .saved import pick
+from .saved import names, pick
 
 _CHAT = "shimmy/v1/chat/completions"
 _TOP = 20
@@ -352,6 +352,10 @@ class Answers:
         notebook calls so. None where there is none.
         """
         return pick([answer for answer, _ in self._kept], which)
+
+    def names(self) -> list[str]:
+        """What `get` finds them by."""
+        return names([answer for answer, _ in self._kept])
 
     def __len__(self) -> int:
         return len(self._kept)

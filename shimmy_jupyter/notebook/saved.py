@@ -48,6 +48,12 @@ def pick(answers: Sequence[_A], which: str) -> _A | None:
     return None
 
 
+def names(answers: Sequence[_Answer]) -> list[str]:
+    """What `pick` takes them by."""
+    found = [(str(one.cell or ""), one.variable, one.id or "") for one in answers]
+    return [name for several in found for name in several if name]
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     """An output that says what made it, as it stands in the file."""
@@ -75,6 +81,14 @@ def answer_of(path: Path, which: str = "") -> Kept:
     made = from_json(row.said)
     texts = (text for text in _texts(row.data) if digest(text) == made.answer_sha256)
     return Kept(made, next(texts, None), row.cell, row.id)
+
+
+def names_of(path: Path) -> list[str]:
+    """What `answer_of` finds answers by in a saved notebook; nothing where there is none."""
+    try:
+        return names(list(_rows(_read(path))))
+    except NotFound:
+        return []
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from .conversation import Conversation
 from .origin import Origin
 from .remembered import Remembered
 from .replay import Answers
+from .saved import names_of
 
 _POLL = 0.2
 
@@ -105,6 +106,12 @@ class Session:
         """The user's own."""
         hidden: Any = self.shell.user_ns_hidden
         return [name for name in self.shell.user_ns if name[:1] != "_" and name not in hidden]
+
+    def answered(self) -> Sequence[str]:
+        """The user's variables, and what else an answer can be replayed by."""
+        path = self.origin.path
+        saved = [] if path is None else names_of(path)
+        return [*self.variables(), *self.answers.names(), *saved]
 
     def assign(self, name: str, value: object) -> None:
         """To a variable of the user's."""

@@ -25,7 +25,7 @@ from IPython.testing.globalipapp import start_ipython
 from shimmy_jupyter.errors import ServerUnreachable
 from shimmy_jupyter.notebook.arguments import FLAGS, FORMATS, LIMITS, TASKS
 from shimmy_jupyter.notebook.completer import Remembered, install, matches, uninstall
-from shimmy_jupyter.notebook.grammar import COMMANDS, VERBS
+from shimmy_jupyter.notebook.verbs import COMMANDS, VERBS
 
 MODELS = ["qwen3-1.7b", "Gemma-3", "org/name:Q4_K", "my model"]
 SHOWN = ["qwen3-1.7b", "Gemma-3", "org/name:Q4_K", '"my model"']

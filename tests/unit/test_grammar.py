@@ -2,7 +2,7 @@
 
 Cases: every command by each of its names, in each of its forms, its options in any order; sentences that
 begin with a command's name; words that are meant as models, as names are written or by being nearly one;
-commands that are nearly right; numbers at their ends; whether the server is asked when it need not be, and
+commands that are nearly right, and mistyped; numbers at their ends; whether the server is asked when it need not be, and
 what it raises; help by the tables; anything at all.
 """
 
@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shimmy_jupyter.errors import InvalidValue, ServerUnreachable
-from shimmy_jupyter.notebook.arguments import FLAGS, FORMATS, LIMITS, Options
-from shimmy_jupyter.notebook.grammar import COMMANDS, NAMED, VERBS, Command, Prompt, parse_line
+from shimmy_jupyter.notebook.arguments import FLAGS, FORMATS, LIMITS, Options, parse_prompt
+from shimmy_jupyter.notebook.grammar import Command, Prompt, parse_line
 from shimmy_jupyter.notebook.helptext import about, table_markdown, usage, usages, written
+from shimmy_jupyter.notebook.verbs import COMMANDS, NAMED, VERBS
 
 MODELS = ["qwen3-1.7b", "qwen3-4b", "gemma-3-4b", "org/llama:Q4_K_M", "tutor", "my model"]
 VARIABLES = ["answer", "reply_2", "df"]
@@ -78,6 +79,7 @@ LINES: list[tuple[str, str, dict[str, Any]]] = [
      {"action": "export", "id": None, "file": "my records/all", "limit": None}),
     ("replay", "replay", {"variable": None}),
     ("replay answer", "replay", {"variable": "answer"}),
+    ("replay 12", "replay", {"variable": "12"}),
     ("lock", "lock", {"model": None, "alias": None}),
     ("lock qwen3-1.7b", "lock", {"model": "qwen3-1.7b", "alias": None}),
     ("lock --alias teacher qwen3-1.7b", "lock", {"model": "qwen3-1.7b", "alias": "teacher"}),
@@ -355,10 +357,38 @@ class TestNearlyAModel:
             parse_line(line, lambda: [known])
 
 
+class TestMistyped:
+    @pytest.mark.parametrize(
+        ("line", "meant"),
+        [
+            ("modles", "models"),
+            ("modles --suggest", "models"),
+            ("loadd qwen3-4b", "load"),
+            ("replya 3", "replay"),
+            ("relpay answer", "replay"),
+            ("unlaod tutor", "unload"),
+            ("versoin", "version"),
+        ],
+    )
+    def test_is_a_prompt_that_knows_its_command(self, line: str, meant: str) -> None:
+        assert read(line) == Prompt(*parse_prompt(line), meant)
+
+    @pytest.mark.parametrize(
+        "line",
+        ["used cars", "Models", "reset.", "loads of ore", "hello", "What does len do?", "models of the atom", "-- modles",
+         "loadd qwen3-5b", "modles --nonsense", "--seed 1 modles", ""],
+    )  # fmt: skip
+    def test_is_not_what_would_be_a_prompt_anyway(self, line: str) -> None:
+        found = read(line)
+        assert isinstance(found, Prompt)
+        assert not found.meant
+
+
 class TestTheServer:
     @pytest.mark.parametrize(
         "line", ["list three colours", "models", "pull org/name", "help me", "dealias fast", "audit verify",
-                 "load the dishwasher", "history 3", "-- load balancing", "fix", "reset my password"],
+                 "load the dishwasher", "history 3", "-- load balancing", "fix", "reset my password",
+                     "modles", "replay 3", "replya 3"],
     )  # fmt: skip
     def test_is_not_asked_without_need(self, line: str) -> None:
         parse_line(line, never, never)

@@ -30,7 +30,11 @@ from shimmy_jupyter.notebook.client import (
     find_server,
 )
 from shimmy_jupyter.notebook.extension import load, unload
-from shimmy_jupyter.notebook.magics import ShimmyMagics, questions_are_not_help
+from shimmy_jupyter.notebook.magics import (
+    ShimmyMagics,
+    nor_are_those_of_compat,
+    questions_are_not_help,
+)
 
 
 class TestQuestions:
@@ -239,6 +243,43 @@ class TestMagics:
         for cell in ("%shimmy", "%%shimmy\n\n", "%%shimmy one two\nhi", "%shimmy --bad 3 x"):
             result = shell.run_cell(cell)
             assert isinstance(result.error_in_exec, InvalidValue), cell
+
+    def test_a_refused_setting_does_not_keep_them_from_loading(
+        self, shell: InteractiveShell, capsys: Any
+    ) -> None:
+        self.load(shell, Scripted("x"))
+        shell.run_cell("%config ShimmyMagics.temperature = 'hot'")
+        shell.run_cell("%config ShimmyMagics.max_tokens = 7")
+        shell.run_cell("%config ShimmyMagics.stream = None")
+        capsys.readouterr()
+        transport = Scripted("x")
+        self.load(shell, transport)
+        said = capsys.readouterr().out.splitlines()
+        assert said == [
+            "shimmy: ShimmyMagics.stream = None is not taken: stream cannot have this value",
+            "shimmy: ShimmyMagics.temperature = 'hot' is not taken: temperature cannot have this value",
+        ]
+        shell.run_cell("%shimmy What?")
+        assert transport.bodies[0]["max_tokens"] == 7
+        assert "temperature" not in transport.bodies[0]
+
+    def test_what_is_mistyped_is_told_of(self, shell: InteractiveShell, capsys: Any) -> None:
+        transport = Scripted("x")
+        self.load(shell, transport)
+        shell.run_cell("%shimmy modles")
+        said = "shimmy: this is asked as a prompt; %shimmy models is the command"
+        assert said in capsys.readouterr().out.splitlines()
+        assert transport.bodies[0]["messages"][-1]["content"] == "modles"
+
+    def test_questions_of_compat(self, shell: InteractiveShell) -> None:
+        transport = Scripted("x")
+        self.load(shell, transport)
+        shell.run_cell("%shimmy compat ai")
+        shell.run_cell("%shimmy compat ai")
+        shell.run_cell("%ai What does len do?")
+        assert transport.bodies[0]["messages"][-1]["content"] == "What does len do?"
+        unload(shell)
+        assert not [t for t in shell.input_transformers_cleanup if t is nor_are_those_of_compat]
 
     def test_loading_again_leaves_one(self, shell: InteractiveShell) -> None:
         for _ in range(3):

@@ -21,7 +21,7 @@ from shimmy_jupyter.errors import InvalidValue, NotFound, ShimmyError
 from shimmy_jupyter.notebook import saved
 from shimmy_jupyter.notebook.display import Answer
 from shimmy_jupyter.notebook.provenance import Kept
-from shimmy_jupyter.notebook.saved import answer_of, pick
+from shimmy_jupyter.notebook.saved import answer_of, names_of, pick
 
 from .test_provenance import JSON, made
 
@@ -85,6 +85,15 @@ class TestWhich:
             answer_of(path, which)
         said = f"no answer of {which!r}; there are those of cells 3, 7"
         assert caught.value.message == f"the saved notebook has {said}"
+
+    def test_each_name_that_there_is_finds_one(self, path: Path) -> None:
+        found = names_of(path)
+        assert {*found} == {"3", "7", "a1", "x", "b2", "y"}
+        for name in found:
+            answer_of(path, name)
+
+    def test_no_names_where_there_is_no_notebook(self, tmp_path: Path) -> None:
+        assert names_of(tmp_path / "none.ipynb") == names_of(tmp_path / "a.txt") == []
 
     def test_none_at_all(self, tmp_path: Path) -> None:
         with pytest.raises(NotFound) as caught:
