@@ -30,7 +30,7 @@ _OWN_VALUES = frozenset((None, "messages", "prompt", "input"))
 """Parameters that an `invalid_value` can name which are the row's."""
 _TOO_LONG = frozenset(("context_length_exceeded", "request_too_large"))
 _BROKEN_AFTER = 20
-"""Different prompts in a row that have failed, for anything but their length: then it is not they."""
+"""Different prompts in a row that have failed, for anything but their own length: then it is not they."""
 _BACK_OFF, _LONGEST_BACK_OFF = 0.5, 30.0
 """Seconds, where the server does not say how long."""
 _BREATH = 64
@@ -326,7 +326,7 @@ class Runner:
             for ask in asks:  # which one it is shows when they are alone
                 await self._answer([ask])
             return
-        if error.code not in _TOO_LONG:
+        if error.code not in _TOO_LONG or error.param == "max_tokens":
             self._broken += 1
             if self._broken >= _BROKEN_AFTER:
                 raise error

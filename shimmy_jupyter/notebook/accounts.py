@@ -150,7 +150,7 @@ def _written(path: Path, pieces: Iterable[bytes]) -> int:
 
 
 def _unwritable(path: Path, error: OSError) -> InvalidValue:
-    return InvalidValue(f"{path.name} cannot be written: {error.strerror}", param="file")
+    return InvalidValue(f"{path} cannot be written: {error.strerror}", param="file")
 
 
 _ACTIONS: dict[str, Callable[[Session, Arguments, Board], None]] = {

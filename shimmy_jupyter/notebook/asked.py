@@ -107,7 +107,10 @@ def _shape(session: Session, options: Options) -> Shape | None:
         raise InvalidValue(
             f"there is no variable {options.schema!r}{hint}", param="--schema"
         ) from None
-    return shape_of(kind)
+    try:
+        return shape_of(kind)
+    except InvalidValue as error:
+        raise InvalidValue(f"{options.schema}: {error.message}", param="--schema") from error
 
 
 def _body(settings: Settings, options: Options, model: str, shape: Shape | None) -> dict[str, Any]:

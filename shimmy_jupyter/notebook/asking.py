@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, Unpack, cast, get_type_hints
 
 from ..errors import InvalidValue, ShimmyError
+from .arguments import did_you_mean, near
 from .result import Completion, from_body
 
 if TYPE_CHECKING:  # these are heavy, and numpy need not be there
@@ -111,7 +112,9 @@ def keywords(kind: type) -> Callable[[F], F]:
             try:
                 whole.bind(*given, **more)
             except TypeError as error:
-                raise TypeError(f"{function.__name__}(): {error}") from None
+                unknown = next((name for name in more if name not in whole.parameters), None)
+                hint = did_you_mean(near(unknown, whole.parameters)) if unknown else ""
+                raise TypeError(f"{function.__name__}(): {error}{hint}") from None
             return function(*given, **more)
 
         checked.__signature__ = whole  # type: ignore[attr-defined]

@@ -200,7 +200,7 @@ class ShimmyMagics(Magics):
     def _too_long(self, error: ContextLengthExceeded, asked: Asked) -> ContextLengthExceeded:
         """With what could be left out."""
         hints = []
-        if len(asked.body["messages"]) > 2 or self.session.conversation.before(None, 1):
+        if any(message["role"] == "assistant" for message in asked.body["messages"]):
             hints.append("%shimmy reset forgets what was said before")
         if asked.options.context is not None:
             hints.append("a smaller --context, or --leave-out, sends fewer cells")

@@ -20,6 +20,7 @@ from .asking import Asker, ExtractParameters
 from .result import Completion
 
 _TASK = "Extract what the text below says."
+_UNKNOWN = re.compile(r"Unable to generate pydantic-core schema for (.*?)\. Set ")
 _UNNAMED = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -43,7 +44,8 @@ class Shape:
         if reply.finish_reason == "length":
             used = reply.usage.completion_tokens if reply.usage else "some"
             raise AnswerCutOff(
-                f"the answer was cut off after {used} tokens: allow more",
+                f"the answer was cut off after {used} tokens: allow more, as far as the model's "
+                "context has room beside the prompt",
                 param="max_tokens",
                 request_id=reply.request_id,
                 text=reply.text,
@@ -77,10 +79,21 @@ def shape_of(kind: Any) -> Shape:
         adapter: Any = TypeAdapter(kind)
         schema = adapter.json_schema(schema_generator=_generator())
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
-        reason = str(error).partition("\n")[0]
-        raise InvalidValue(f"this type has no JSON schema: {reason}", param="kind") from error
+        raise InvalidValue(_no_schema(error), param="kind") from error
     name = getattr(kind, "__name__", "") if isinstance(kind, type) else ""
     return Shape(_named(name), schema, adapter.validate_json)
+
+
+def _no_schema(error: Exception) -> str:
+    """Without what only helps whoever can change pydantic's configuration."""
+    reason = str(error).partition("\n")[0]
+    unknown = _UNKNOWN.match(reason)
+    if unknown is None:
+        return f"this type has no JSON schema: {reason}"
+    return (
+        f"{unknown[1][:100]} is no type that has a JSON schema: name a pydantic model, a dataclass, a "
+        "TypedDict, an enumeration, a type such as list[str], or a JSON schema itself"
+    )
 
 
 async def ask(

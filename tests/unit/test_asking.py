@@ -150,6 +150,10 @@ class TestParameters:
             getattr(ask, name)("q", temprature=1)
         assert sent.asked == []
 
+    def test_one_that_is_nearly_right(self) -> None:
+        with pytest.raises(TypeError, match="did you mean temperature"):
+            asker()[0].chat("q", temprature=1)  # type: ignore[call-arg]
+
     def test_they_are_in_the_signature(self) -> None:
         named = inspect.signature(Asker.chat).parameters
         assert {"self", "prompt", *get_type_hints(ChatParameters)} == set(named)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shimmy_jupyter.errors import (
     Cancelled,
+    ContextLengthExceeded,
     GenerationFailed,
     InvalidValue,
     QueueFull,
@@ -266,6 +267,13 @@ class TestFailures:
     def test_too_long_rows_are_no_broken_server(self) -> None:
         model = Model(sometimes(from_code("context_length_exceeded", "long"), 99))
         assert run(job(names(100), model)).errors == 100
+
+    def test_more_tokens_than_there_can_be_is_no_rows_length(self) -> None:
+        error = ContextLengthExceeded("as many do not fit", param="max_tokens")
+        work = job(names(100), Model(sometimes(error, 99)), concurrency=1)
+        with pytest.raises(ContextLengthExceeded):
+            run(work)
+        assert len(work.table.errors) == 19
 
     def test_the_first_one_can_end_it(self) -> None:
         model = Model(

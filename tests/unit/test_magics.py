@@ -177,6 +177,20 @@ class TestHistory:
         assert "1 turn forgotten" in out
         assert "an answer" in out
 
+    def test_forgetting_is_offered_only_where_it_would_help(self, ip: Any, server: Talking) -> None:
+        server.error = ContextLengthExceeded("3 too many", param="messages")
+        with pytest.raises(ContextLengthExceeded) as caught:
+            ask(ip, "%shimmy a")
+        assert "reset" not in caught.value.message
+        server.error = None
+        ask(ip, "%shimmy a")
+        server.error = ContextLengthExceeded("3 too many", param="messages")
+        with pytest.raises(ContextLengthExceeded, match="%shimmy reset"):
+            ask(ip, "%shimmy b")
+        with pytest.raises(ContextLengthExceeded) as caught:
+            ask(ip, "%shimmy --model self-test b")
+        assert "reset" not in caught.value.message
+
     def test_what_failed_was_not_said(self, ip: Any, server: Talking) -> None:
         server.error = ServerUnreachable("gone")
         with pytest.raises(ServerUnreachable):
@@ -282,6 +296,11 @@ class TestVariables:
             ask(ip, "%%shimmy -o x --schema Person\nAda")
         assert (caught.value.param, caught.value.text) == ("born", server.text)
         assert ip.user_ns["x"] == "before"
+
+    def test_what_is_no_schema(self, ip: Any, server: Talking) -> None:
+        with pytest.raises(InvalidValue, match=r"^five: 5 is no type") as caught:
+            ask(ip, "five = 5", "%shimmy --schema five hi")
+        assert caught.value.param == "--schema"
 
     @pytest.mark.parametrize("name", ["Nobody", "ip.nothing", "x"])
     def test_no_such_schema(self, ip: Any, server: Talking, name: str) -> None:
