@@ -7,10 +7,15 @@ first token and those who wait for their next one share the step by their number
 
 Far into a prompt attention takes most of the time, and on a processor llama.cpp computes it in tiles
 of `TILE` rows of the batch, at half the cost of single rows, where a batch has as many. A batch that is
-no multiple of that pays for its last tile in full. So there are times of two kinds.
+no multiple of that pays for its last tile in full. And a tile computes for each of its rows what any of
+them looks at: with sequences that decode in it, all that these hold. So a prompt may be better off in
+a step of its own, in turn with theirs, although the weights are then read for each. There are times of
+each kind, and the one with the most tokens in its time is chosen.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 TILE = 64
 """From this many rows on, flash attention on a processor sums in tiles, in another order."""
@@ -34,6 +39,14 @@ _FIRST = 2
 """Who waits for a first token counts as so many who wait for their next one."""
 _STRETCH = 2
 """Where many wait for a first token, a step may take so many times its usual time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`tokens` of prompts for a step: `together` with the rows that decode, or without them."""
+
+    tokens: int
+    together: bool
 
 
 class _Line:
@@ -60,6 +73,9 @@ class _Line:
     def seconds(self, tokens: int) -> float:
         return self.base + self.slope * tokens
 
+    def rate(self, tokens: int) -> float:
+        return tokens / self.seconds(tokens)
+
 
 class Pace:
     """Measured seconds: of decode steps by their rows, and of slices of prompts by their tokens.
@@ -75,8 +91,8 @@ class Pace:
         self._step_seconds = step_seconds
         self._prompt_seconds = prompt_seconds
         self._guess = guess
-        self._slices: dict[tuple[int, bool], _Line] = {}
-        """By threads, and whether the batch was large enough for tiles."""
+        self._slices: dict[tuple[int, bool, bool], _Line] = {}
+        """By threads, whether rows were beside it, and whether the batch was large enough for tiles."""
         self._decode: dict[int, dict[int, tuple[float, int]]] = {}
         self._beside: dict[int, dict[int, float]] = {}
         """Seconds of so many rows, also where they were only ever seen beside prompts."""
@@ -95,7 +111,7 @@ class Pace:
             times[rows] = (mean, self._steps)
             self._beside.setdefault(threads, {})[rows] = mean
             return
-        kind = threads, rows + prompt >= TILE
+        kind = threads, rows > 0, rows + prompt >= TILE
         line = self._slices.get(kind)
         if line is not None and rows and (known is None or self._steps - known[1] > _FRESH):
             # What is known less well takes the blame.
@@ -110,47 +126,64 @@ class Pace:
 
     def rows(self, ready: int) -> int:
         """How many of the sequences that are ready to decode together now."""
-        if ready == 1 or ready > _FEW:
+        if ready == 1 or _FEW < ready < TILE:
             return ready
+        fewer = 1 if ready < TILE else TILE - 1
         times = self._decode.get(self._threads, {})
-        for candidate in (ready, 1):
+        for candidate in (ready, fewer):
             known = times.get(candidate)
             if known is None or self._steps - known[1] > _REFRESH:
                 return candidate
         best = ready
-        for candidate in range(ready - 1, 0, -1):
+        for candidate in range(min(ready - 1, TILE - 1), fewer - 1, -1):
             known = times.get(candidate)
             if known and candidate / known[0] > _HYSTERESIS * best / times[best][0]:
                 best = candidate
         return best
 
-    def prompt_tokens(self, rows: int, waiting: int = 1) -> int:
-        """Tokens of prompts that may go beside `rows` decoding sequences while `waiting` others could
-        have had their first token.
+    def prompt_slice(self, rows: int, waiting: int = 1) -> Slice:
+        """What may be read of prompts in the time of a step, or between two of them, while `rows`
+        sequences decode and `waiting` others could have had their first token.
         """
         if not rows:
-            room = self._prompt_seconds
-        else:
-            beside = self._time(rows) or 0.0
-            room = max(
-                self._step_seconds - beside,
-                min(_FIRST * waiting / rows * beside, _STRETCH * self._step_seconds - beside),
-                _PROMPT_SHARE * beside,
-            )
-        most = self._batch_tokens - rows
-        tiled = self._fitting(room, tiled=True)
-        if not rows:
-            tiled = max(tiled, TILE)  # nobody waits for its end
-        tiled = (min(tiled, most) + rows) // TILE * TILE - rows
-        few = min(self._fitting(room, tiled=False), TILE - 1 - rows)
-        return min(max(tiled, few, _LEAST), most)
-
-    def _fitting(self, seconds: float, *, tiled: bool) -> int:
-        """Tokens that take so long. What has not been measured takes as long as the other kind."""
-        line = self._slices.get((self._threads, tiled)) or self._slices.get(
-            (self._threads, not tiled)
+            return Slice(self._alone(self._prompt_seconds), together=False)
+        beside = self._time(rows) or 0.0
+        room = max(
+            self._step_seconds - beside,
+            min(_FIRST * waiting / rows * beside, _STRETCH * self._step_seconds - beside),
+            _PROMPT_SHARE * beside,
         )
-        return line.tokens(seconds) if line is not None else int(seconds / self._guess)
+        most = self._batch_tokens - rows
+        if self._line(together=True, tiled=True).tokens(room) >= most:
+            return Slice(most, together=False)
+        found: list[tuple[float, Slice]] = []
+        for together in (True, False):
+            in_batch = rows if together else 0
+            line = self._line(together=together, tiled=False)
+            few = min(line.tokens(room), TILE - 1 - in_batch)
+            found.append((line.rate(max(few, 1)), Slice(few, together)))
+            line = self._line(together=together, tiled=True)
+            tiles = (min(line.tokens(room), most) + in_batch) // TILE * TILE - in_batch
+            found.append((line.rate(max(tiles, 1)), Slice(tiles, together)))
+        possible = [(rate, one) for rate, one in found if one.tokens >= _LEAST]
+        if not possible:
+            return Slice(min(_LEAST, most), together=True)
+        return max(possible, key=lambda known: known[0])[1]
+
+    def _alone(self, room: float) -> int:
+        """Tokens for a step that nobody else waits for."""
+        tiles = max(self._line(together=False, tiled=True).tokens(room), TILE)
+        few = min(self._line(together=False, tiled=False).tokens(room), TILE - 1)
+        most = self._batch_tokens
+        return min(max(min(tiles, most) // TILE * TILE, few, _LEAST), most)
+
+    def _line(self, *, together: bool, tiled: bool) -> _Line:
+        """What has not been measured takes as long as what differs least from it."""
+        for kind in ((together, tiled), (together, not tiled), (not together, tiled)):
+            line = self._slices.get((self._threads, *kind))
+            if line is not None:
+                return line
+        return self._slices.get((self._threads, not together, not tiled)) or _Line(self._guess)
 
     def _time(self, rows: int) -> float | None:
         """Of a step with so many rows, on a straight line through the nearest known numbers."""

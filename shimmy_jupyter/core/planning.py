@@ -9,7 +9,7 @@ of the engine's time no more than each of those who share the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from . import messages as m
 from .line import Line
@@ -38,16 +38,18 @@ class Planner:
         self._owed = 0.0
         """Seconds of steps for everybody else before the next one of the reproducible sequence."""
 
-    def took(self, seconds: float, *, private: bool) -> None:
-        """A step's time, for the reproducible sequence's share."""
+    def took(self, rows: Iterable[m.Row], seconds: float, *, private: bool) -> None:
+        """A step's time, for the reproducible sequence's share; and what was computed beside what is kept."""
         if private:
             self._owed += seconds * self._line.others()
         else:
+            self._line.room.computed += sum(len(row.tokens) for row in rows)
             # What is paid too much counts for the next time, but idleness saves up nothing.
             self._owed = max(-seconds, self._owed - seconds)
 
     def rows(self, now: float, out: list[m.Instruction]) -> list[m.Row]:
         """The next step's rows, none where there is nothing to do; `out` gets what comes before."""
+        self._line.room.move_out(out)
         if self._last_was_private or self._owed > 0:
             rows = self._shared(now, out)
             if rows:
@@ -79,11 +81,12 @@ class Planner:
         ready = [s for s in running if s.state is State.DECODE]
         reading = sum(s.state is State.PREFILL for s in running)
         most = self._capacity.batch_tokens - len(ready)
-        room = self._pace.prompt_tokens(len(ready), reading + self._line.could_begin())
-        if not self._capacity.can_copy:
-            room = most  # how a prompt is cut changes sums, and is not to depend on others here
+        piece = self._pace.prompt_slice(len(ready), reading + self._line.could_begin())
+        # How a prompt is cut changes sums, and is not to depend on others where each has its own cache.
+        room = min(piece.tokens, most) if self._capacity.can_copy else most
         binds = room < most
-        if ready and not binds and self._last_was_prompt:
+        together = binds and piece.together
+        if ready and not together and self._last_was_prompt:
             prompts: list[m.Row] = []
         else:
             prompts = list(self._prompts(adapter, room, now, out, together=binds))
@@ -92,7 +95,7 @@ class Planner:
             if len(ready) == 1 and not reading:
                 return [self._decode_row(ready[0], self._guesses(ready[0]))]
             return [self._decode_row(s) for s in self._whose_turn(ready)]
-        return [*(self._decode_row(s) for s in ready if binds), *prompts]
+        return [*(self._decode_row(s) for s in ready if together), *prompts]
 
     def _adapter(self) -> str:
         """Of those that have something to do, the one whose last step was longest ago."""

@@ -19,12 +19,15 @@ MIN_SHARED = 32
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """KV that somebody left: in a slot of the cache, or saved in host memory under a key."""
+    """KV that somebody left: in a slot of the cache, or saved in host memory under a key. `since` is how
+    many rows had been computed when it was last of use.
+    """
 
     place: int
     owner: Owner
     tokens: Tokens
     used: int = 0
+    since: int = 0
 
     @property
     def size(self) -> int:
@@ -79,8 +82,8 @@ class PrefixCache:
     def saved_tokens(self) -> int:
         return sum(entry.size for entry in self.saved.values())
 
-    def keep(self, slot: int, owner: Owner, tokens: Tokens) -> None:
-        self.kept[slot] = self._touch(Entry(slot, owner, tokens))
+    def keep(self, slot: int, owner: Owner, tokens: Tokens, since: int = 0) -> None:
+        self.kept[slot] = self._touch(Entry(slot, owner, tokens, since=since))
 
     def save(self, entry: Entry) -> Entry:
         """A copy of a kept entry in host memory, under a new key."""

@@ -164,7 +164,7 @@ class Scheduler:
         for prompts in event.prompts:
             by_slot[prompts.slot].prompt_scored += prompts.scored
         private = bool(rows) and rows[0].slot == self.capacity.private_slot
-        self._planner.took(event.seconds, private=private)
+        self._planner.took(rows, event.seconds, private=private)
         instructions: list[m.Instruction] = []
         completions: dict[str, int] = {}
         prompt = decoding = 0

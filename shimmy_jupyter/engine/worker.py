@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from ..core import messages as m
 from ..core.governor import Governor
+from ..core.room import IDLE_ROWS
 from ..core.scheduler import Scheduler
 from ..errors import (
     EngineCrashed,
@@ -223,7 +224,6 @@ class Engine:
         return True
 
     def _plan_for(self, facts: ModelFacts) -> None:
-        sharing = self._sharing
         capacity = m.Capacity(
             slots=facts.slots,
             sequences=self.spec.sequences,
@@ -233,10 +233,13 @@ class Engine:
             queue=self._queue_size,
             can_copy=facts.can_copy,
             can_trim=facts.can_trim,
-            # A recurrent state has a size of its own, whatever it has seen.
-            saved_tokens=sharing.saved_bytes // facts.kv_bytes_per_token if facts.can_trim else 0,
-            weights=sharing.weights,
+            # Not of a recurrent state, which has a size of its own.
+            saved_tokens=self._sharing.saved_bytes // facts.kv_bytes_per_token
+            if facts.can_trim
+            else 0,
+            weights=self._sharing.weights,
             lookup=self.spec.prompt_lookup and facts.can_copy,  # guesses change sums
+            idle_rows=0 if facts.offloaded_layers else IDLE_ROWS,
         )
         self.scheduler = Scheduler(capacity, guess=2 * max(facts.parameters, 1) / _FLOPS)
         self.governor = Governor(facts.threads, fixed=self.spec.threads > 0)

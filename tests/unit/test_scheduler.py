@@ -5,7 +5,9 @@ Stories here; whatever a server and its clients can do in any order is in test_s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -168,10 +170,75 @@ def test_a_prompt_gets_as_much_time_as_many_rows_beside_it() -> None:
         d.plan()
         d.decode(0.4)
     d.handle(submitted(9, prompt=900, who="q"))
-    for _ in range(25):
+    for _ in range(20):
         size = len(d.plan()[9].tokens)
         d.decode(0.4 + 0.01 * size)
     assert 0.35 <= 0.01 * size <= 0.42
+
+
+def paced(d: Driver, seconds: Callable[[int, int], float], steps: int) -> list[tuple[int, int]]:
+    """So many steps, each of which takes `seconds` by its rows and its prompt's tokens."""
+    found = []
+    for _ in range(steps):
+        rows = d.plan().values()
+        prompt = sum(len(row.tokens) for row in rows if row.start < 900)
+        decoding = sum(row.start >= 900 for row in rows)
+        found.append((decoding, prompt))
+        d.decode(seconds(decoding, prompt))
+    return found
+
+
+class TestCompany:
+    """A long prompt beside twelve sequences that decode, each of them after a prompt of 900 tokens."""
+
+    def asking(self, id: int) -> m.Submitted:
+        return m.Submitted(id, "p", tuple(range(1000 * id, 1000 * id + 900)), 1000, GREEDY)
+
+    def start(self, seconds: Callable[[int, int], float]) -> Driver:
+        d = Driver(replace(LARGE, kv_tokens=80_000, sequences=13, step_seconds=0.3))
+        for id in range(1, 13):
+            d.handle(self.asking(id))
+        while any(s.state is not State.DECODE for s in d.scheduler.sequences.values()):
+            paced(d, seconds, 1)
+        paced(d, seconds, 5)
+        d.handle(self.asking(13))
+        return d
+
+    def test_slices_stay_small_where_tiles_look_at_everything(self) -> None:
+        def seconds(rows: int, prompt: int) -> float:
+            return 0.02 + 0.01 * rows + (0.02 if rows and rows + prompt >= 64 else 0.005) * prompt
+
+        steps = paced(self.start(seconds), seconds, 14)
+        assert {rows for rows, _ in steps[4:]} == {12}
+        assert all(28 <= prompt <= 33 for _, prompt in steps[4:])
+
+    def test_tiles_where_they_are_quicker(self) -> None:
+        def seconds(rows: int, prompt: int) -> float:
+            return 0.01 * rows + (0.002 if rows + prompt >= 64 else 0.004) * prompt
+
+        steps = paced(self.start(seconds), seconds, 8)
+        assert {(rows + prompt) % 64 for rows, prompt in steps[4:] if prompt} == {0}
+
+    def test_in_turns_where_company_costs_more_than_a_step_of_its_own(self) -> None:
+        def seconds(rows: int, prompt: int) -> float:
+            return 0.02 + 0.01 * rows + (0.02 if rows else 0.004) * prompt
+
+        steps = paced(self.start(seconds), seconds, 14)
+        assert [rows for rows, _ in steps[6:]] == [0, 12] * 4
+        assert all((prompt >= 32) == (rows == 0) for rows, prompt in steps[6:])
+
+    def test_never_a_full_tile_that_takes_longer_than_two_steps(self) -> None:
+        d = Driver(replace(LARGE, slots=90, kv_tokens=400_000, sequences=70, queue=256))
+        for id in range(1, 71):
+            d.handle(submitted(id, prompt=1, max_tokens=900, who=str(id % 2)))
+        sizes = []
+        for _ in range(200):
+            rows = d.plan()
+            sizes.append(len(rows))
+            d.decode(0.01 * len(rows) + (2.0 if len(rows) >= 64 else 0.0))
+        assert sizes[-60:].count(63) >= 58
+        served = [s.generated for s in d.scheduler.sequences.values()]
+        assert max(served) - min(served) <= 5
 
 
 def test_where_many_wait_for_a_first_token_slices_are_thicker_for_a_while() -> None:
@@ -427,6 +494,37 @@ class TestPrefixes:
         assert [type(i) for i in d.said].count(m.SaveSlot) == 1
         assert self.ask(d, 3, self.PROMPT) == 99
         assert [type(i) for i in d.said].count(m.RestoreSlot) == 1
+
+    def idle(self, d: Driver, rows: int) -> int:
+        """How often something is saved while others' steps have so many rows, a few of them a prompt's."""
+        before = [type(i) for i in d.said].count(m.SaveSlot)
+        d.handle(m.Submitted(99, "z", tuple(range(5000, 5010)), rows - 9, GREEDY))
+        d.run()
+        d.plan()
+        return [type(i) for i in d.said].count(m.SaveSlot) - before
+
+    def test_what_others_have_to_look_past_is_moved_to_memory(self) -> None:
+        d = Driver(replace(LARGE, saved_tokens=200, idle_rows=150))
+        self.ask(d, 1, self.PROMPT)
+        assert self.idle(d, 149) == 0
+        assert self.idle(d, 1 + 9) == 1
+        assert not [e for e in d.scheduler.line.room.prefixes.kept.values() if e.owner[0] == "a"]
+        assert self.ask(d, 2, self.PROMPT) == 99
+
+    def test_what_is_of_use_stays(self) -> None:
+        d = Driver(replace(LARGE, saved_tokens=200, idle_rows=150))
+        self.ask(d, 1, self.PROMPT)
+        assert self.idle(d, 149) == 0
+        self.ask(d, 2, self.PROMPT)
+        assert self.idle(d, 100) == 0
+
+    @pytest.mark.parametrize("fields", [{"saved_tokens": 90}, {"saved_tokens": 0}, {"idle_rows": 0},
+                                        {"can_copy": False}])  # fmt: skip
+    def test_what_has_no_room_there_or_costs_nothing_stays(self, fields: Any) -> None:
+        d = Driver(replace(LARGE, **{"saved_tokens": 200, "idle_rows": 150, **fields}))
+        self.ask(d, 1, self.PROMPT)
+        assert self.idle(d, 500) == 0
+        assert self.ask(d, 2, self.PROMPT) == 99
 
     def test_what_is_about_to_come_back_is_not_dropped_for_others(self) -> None:
         d = Driver(replace(LARGE, kv_tokens=300, context_size=250, saved_tokens=200))

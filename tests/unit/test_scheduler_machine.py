@@ -30,10 +30,11 @@ CAPACITIES = [
     m.Capacity(
         slots=slots, kv_tokens=400, context_size=160, batch_tokens=48, queue=12, sequences=3,
         can_copy=copy, can_trim=trim, saved_tokens=saved, weights=WEIGHTS, lookup=lookup,
+        idle_rows=idle,
     )
-    for slots, copy, trim, saved, lookup in (
-        (8, True, True, 150, True), (5, True, True, 0, True), (4, False, True, 120, False),
-        (6, True, False, 200, True),
+    for slots, copy, trim, saved, lookup, idle in (
+        (8, True, True, 150, True, 0), (8, True, True, 150, True, 20), (5, True, True, 0, True, 20),
+        (4, False, True, 120, False, 20), (6, True, False, 200, True, 20),
     )
 ]  # fmt: skip
 
