@@ -1,9 +1,8 @@
 """The one thread that owns a loaded model: it carries events in and instructions out.
 
 It decides nothing; `core.scheduler` and `core.governor` do. Between two steps it drains its inbox, so
-a cancellation takes effect within the step in progress; and a step that nobody wants any more is
-aborted. What a step produced crosses to each event loop in one `call_soon_threadsafe`, whoever may
-have gone meanwhile.
+a cancellation takes effect within the step in progress; a step that nobody wants any more is aborted.
+What a step produced crosses to each event loop in one `call_soon_threadsafe`.
 """
 
 from __future__ import annotations
@@ -224,6 +223,8 @@ class Engine:
         return True
 
     def _plan_for(self, facts: ModelFacts) -> None:
+        # Not of a recurrent state, which has a size of its own.
+        saved = self._sharing.saved_bytes // facts.kv_bytes_per_token if facts.can_trim else 0
         capacity = m.Capacity(
             slots=facts.slots,
             sequences=self.spec.sequences,
@@ -233,10 +234,7 @@ class Engine:
             queue=self._queue_size,
             can_copy=facts.can_copy,
             can_trim=facts.can_trim,
-            # Not of a recurrent state, which has a size of its own.
-            saved_tokens=self._sharing.saved_bytes // facts.kv_bytes_per_token
-            if facts.can_trim
-            else 0,
+            saved_tokens=saved,
             weights=self._sharing.weights,
             lookup=self.spec.prompt_lookup and facts.can_copy,  # guesses change sums
             idle_rows=0 if facts.offloaded_layers else IDLE_ROWS,
