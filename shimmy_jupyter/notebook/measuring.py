@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from ..types import amount
 from .board import Board
 from .client import Transport
-from .display import inert
+from .display import inert, one_line
 
 RUNS = 5
 _TOKENS = 64
@@ -30,26 +31,36 @@ class Run:
 def bench(transport: Transport, model: str, board: Board, runs: int = RUNS) -> dict[str, list[Run]]:
     """Asks for `_TOKENS` tokens `runs` times after a short and after a long prompt, each of which begins
     with a word of its own so that nothing of it is in the cache. One more before, which does not count.
+    Raises what the service refuses a request by.
     """
     board.say(f"{model}: warming up")
-    _asked(transport, model, _SHORT, -1)
+    _asked(transport, model, _SHORT)
     found: dict[str, list[Run]] = {}
     for name, words in (("short prompt", _SHORT), ("long prompt", _LONG)):
         for number in range(runs):
             board.say(f"{model}: {name}, {number + 1} of {runs}")
-            found.setdefault(name, []).append(_asked(transport, model, words, number))
-    memory = next(
-        (m["size_bytes"] for m in transport.get("shimmy/api/models")["models"] if m["id"] == model),
-        None,
-    )
-    board.show(*_shown(model, found, memory))
+            found.setdefault(name, []).append(_asked(transport, model, words))
+    listed = transport.get("shimmy/api/models")["models"]
+    facts = next((one for one in listed if one["id"] == model), None)
+    board.show(*_shown(model, found, _memory(facts)))
     return found
 
 
-def _asked(transport: Transport, model: str, words: int, number: int) -> Run:
+def _memory(facts: dict[str, Any] | None) -> str:
+    """What it takes, with its cache and what is computed, where that is known."""
+    if facts is None:
+        return ""
+    weights = f"{amount(facts['size_bytes'])} of weights"
+    if facts["fit"] is None:
+        return f", {weights}"
+    return f", needs {amount(facts['fit']['needed'])} of memory ({weights})"
+
+
+def _asked(transport: Transport, model: str, words: int) -> Run:
+    own = secrets.token_hex(4)
     body = {
         "model": model,
-        "prompt": " ".join(f"{number}-{words}-{place}" for place in range(words // 4)),
+        "prompt": " ".join(f"{own}-{place}" for place in range(words // 4)),
         "max_tokens": _TOKENS,
         "temperature": 0,
         "ignore_eos": True,
@@ -69,15 +80,16 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})"
 
 
-def _shown(model: str, found: dict[str, list[Run]], memory: int | None) -> tuple[str, str]:
+def _shown(model: str, found: dict[str, list[Run]], memory: str) -> tuple[str, str]:
+    """As text and as a page."""
     rows = [("", "prompt tokens", "first token, ms", "tokens/s")]
     for name, runs in found.items():
         rates = [run.rate for run in runs if run.rate is not None]
         firsts = [run.first_ms for run in runs]
         rate = _spread(rates) if rates else "–"
         rows.append((name, str(runs[0].prompt_tokens), _spread(firsts), rate))
-    size = "" if memory is None else f", {amount(memory)} of weights"
-    head = f"{model}{size}: medians of {RUNS}, least to most"
+    times = max(map(len, found.values()))
+    head = one_line(f"{model}{memory}: medians of {times}, least to most")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
