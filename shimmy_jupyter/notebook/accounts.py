@@ -87,8 +87,9 @@ def _show(session: Session, given: Arguments, board: Board) -> None:
     board.table(rows, f"Records, the newest first, in UTC{more}")
 
 
-def _usage(session: Session, _given: Arguments, board: Board) -> None:
-    found = session.transport.get("shimmy/api/audit/usage")
+def _usage(session: Session, given: Arguments, board: Board) -> None:
+    since = f"?since={quote(given['since'], safe='')}" if given["since"] else ""
+    found = session.transport.get(f"shimmy/api/audit/usage{since}")
     by = found["by"]
     names = ("requests", "prompt_tokens", "cached_tokens", "tokens_generated", "denied", "limited")
     rows = [(*by, *(name.replace("_", " ") for name in names), "errors")]

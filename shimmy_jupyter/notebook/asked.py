@@ -182,4 +182,6 @@ def _with_context(
         choice = what_to_leave_out(items, count, budget)
         raise ContextLengthExceeded(f"{tokens:,} tokens: {choice}", param="--context")
     cells = ", ".join(f"In[{item.number}]" for item in items) or "no cell has run yet"
-    return messages(items), (f"with {cells}: {tokens:,} tokens",)
+    short = [name for item in items for name in item.shortened]
+    cut = f"; of {', '.join(short)} only the beginning and the end" if short else ""
+    return messages(items), (f"with {cells}: {tokens:,} tokens{cut}",)

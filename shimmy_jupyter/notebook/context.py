@@ -17,12 +17,15 @@ LONGEST = 4000
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A cell that ran: what was written, the result's plain text, the traceback. None where there is none."""
+    """A cell that ran: what was written, the result's plain text, the traceback. None where there is none.
+    `shortened` are the names of those of which only the beginning and the end are there.
+    """
 
     number: int
     source: str
     output: str | None = None
     error: str | None = None
+    shortened: tuple[str, ...] = ()
 
 
 def recent(shell: InteractiveShell, n: int, remembered: Remembered) -> list[Item]:
@@ -47,13 +50,15 @@ def _item(shell: InteractiveShell, number: int, remembered: Remembered) -> Item:
     history = shell.history_manager
     if history is not None and number in remembered.outputs:  # the texts outlive %reset
         shown = history.output_hist_reprs.get(number)
-    error = remembered.errors.get(number)
-    return Item(
-        number,
-        remembered.sources[number],
-        None if shown is None else plain(shown, LONGEST),
-        None if error is None else plain(error, LONGEST),
-    )
+    whole = {"Out": shown, "Err": remembered.errors.get(number)}
+    texts = {name: None if text is None else plain(text, LONGEST) for name, text in whole.items()}
+    shortened = [
+        f"{name}[{number}]"
+        for name, text in whole.items()
+        if text is not None and texts[name] != plain(text, len(text))
+    ]
+    source = remembered.sources[number]
+    return Item(number, source, texts["Out"], texts["Err"], tuple(shortened))
 
 
 def fenced(text: str, language: str = "") -> str:

@@ -63,10 +63,13 @@ def unload(shell: InteractiveShell) -> None:
         if isinstance(loaded, ShimmyMagics):
             loaded.session.close()
             shell.configurables.remove(loaded)
-    for table in shell.magics_manager.magics.values():
+    for kind, table in shell.magics_manager.magics.items():
         table.pop("shimmy", None)
-        if isinstance(getattr(table.get("ai"), "__self__", None), ShimmyMagics):
+        ours = getattr(table.get("ai"), "__self__", None)
+        if isinstance(ours, ShimmyMagics):
             del table["ai"]
+            if kind in ours.session.borrowed:
+                table["ai"] = ours.session.borrowed[kind]
     shell.magics_manager.registry.pop(ShimmyMagics.__name__, None)
     for ours in (questions_are_not_help, nor_are_those_of_compat):
         while ours in shell.input_transformers_cleanup:

@@ -92,7 +92,7 @@ def usage() -> str:
             "Options, in any order:",
             _listed([(_flag(flag), flag.help) for flag in FLAGS]),
             "",
-            "Values may be quoted. `--` ends the options.",
+            "Values may be quoted. `--` ends the options. {Expressions} in a prompt run in this kernel.",
             "",
             "Commands:",
             _listed(commands),

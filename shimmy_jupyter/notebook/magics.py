@@ -254,7 +254,12 @@ class ShimmyMagics(Magics):
             board.say("%shimmy compat ai makes %ai and %%ai shimmy's")
             return
         magics = self.session.shell.magics_manager
-        theirs = "ai" in magics.magics["cell"]
+        theirs = {
+            kind: table["ai"]
+            for kind, table in magics.magics.items()
+            if "ai" in table and getattr(table["ai"], "__self__", None) is not self
+        }
+        self.session.borrowed.update(theirs)
         for kind in ("line", "cell"):
             magics.register_function(self._bound(), kind, "ai")
         transformers = self.session.shell.input_transformers_cleanup
@@ -274,14 +279,15 @@ class ShimmyMagics(Magics):
     def _bound(self) -> Any:
         return vars(type(self))["shimmy"].__get__(self)
 
-    def _fix(self, _given: Mapping[str, Any], board: Board) -> Completion | None:
+    def _fix(self, given: Mapping[str, Any], board: Board) -> Completion | None:
         error = self.session.remembered.last_error
         if error is None:
             raise InvalidValue("no cell of this notebook has failed", param="fix")
         self._check()
-        model = self.session.meant(self.model) or self.session.default_model()
+        named = given["model"] or self.model
+        model = self.session.meant(named) or self.session.default_model()
         body = {"model": model, "messages": mending.prompt_for(error)}
-        found = self._asked(Asked(body, "", Options(), named=bool(self.model)))
+        found = self._asked(Asked(body, "", Options(), named=bool(named)))
         code = mending.corrected(found.text)
         if code is None:
             board.say("the answer has no corrected cell in it")

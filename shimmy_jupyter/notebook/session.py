@@ -70,6 +70,8 @@ class Session:
     conversation: Conversation = field(default_factory=Conversation)
     aliases: dict[str, str] = field(default_factory=dict)
     answers: Answers = field(default_factory=Answers)
+    borrowed: dict[str, Any] = field(default_factory=dict)
+    """Another extension's `%ai`, by kind, which it gets back."""
 
     @property
     def rich(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from ..errors import InvalidValue
@@ -142,6 +143,14 @@ def _limits(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _moment(word: Word) -> str:
+    try:
+        datetime.fromisoformat(word.text)
+    except ValueError:
+        raise Wrong(f"{shown(word.text)} is not a day or a moment, such as 2026-11-01") from None
+    return word.text
+
+
 def _digest(word: Word) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{64}", word.text):
         raise Wrong(f"{shown(word.text)} is not a SHA-256: 64 hexadecimal digits")
@@ -220,7 +229,9 @@ VERBS: tuple[Verb, ...] = (
              Form((_words("show", least=0, default="show"),), (Flag(
                  ("--limit",), "limit", "How many records.", "N",
                  arguments.whole(1, 1000, "a whole number from 1 to 1000")),)),
-             Form((_words("usage"),), help="What you used, by model."),
+             Form((_words("usage"),), (Flag(
+                 ("--since",), "since", "From this day or moment on, in UTC; not said: this month.", "2026-11-01",
+                 _moment),), help="What you used, by model."),
              Form((_words("verify"),), help="Whether the log is whole."),
              Form((_words("receipt"), Argument("id", "ID", _shaped(
                  "[0-9a-f]{32}", "a request's id: 32 hexadecimal digits"))), help="Of one request."),
@@ -237,7 +248,7 @@ VERBS: tuple[Verb, ...] = (
          (Form((Argument("alias", "NAME", _alias, offers="models"),)),), ("delete",)),
     Verb("update", "Give such a name to another model.", "update tutor qwen3-4b", (Form((_NEW, _ONE)),)),
     Verb("fix", "Explain the last exception, and offer a corrected cell below. It is never run.", "fix",
-         synonyms=("error",)),
+         (Form((_MAYBE,)),), ("error",)),
     Verb("reset", "Forget what was said in this notebook.", "reset"),
     Verb("history", "What was said in this notebook, or the last N turns of it.", "history 3",
          (Form((Argument("count", "N", _count, least=0),)),)),

@@ -70,8 +70,8 @@ class TestMatches:
             ("%shimmy audit r", ["receipt"]),
             ("%shimmy audit show ", ["--limit"]),
             ("%shimmy audit --limit 3 ", ["show", "usage", "verify", "receipt", "export"]),
-            ("%shimmy audit usage ", []),
-            ("%shimmy audit usage --", []),
+            ("%shimmy audit usage ", ["--since"]),
+            ("%shimmy audit usage --", ["--since"]),
             ("%shimmy audit receipt ", []),
             ("%shimmy limits ", [f"{limit}=" for limit in LIMITS]),
             ("%shimmy limits max_queued=3 max-t", ["max_tokens_per_minute=", "max_tokens_per_day="]),
@@ -84,7 +84,7 @@ class TestMatches:
             ("%shimmy models --suggest ", ["--task"]),
             ("%shimmy models --suggest --task ", list(TASKS)),
             ("%shimmy models --suggest --task=c", ["chat", "code"]),
-            ("%shimmy fix ", []),
+            ("%shimmy fix ", SHOWN),
             # the first line of a cell
             ("%%shimmy ", SHOWN),
             ("\n\n%%shimmy ", SHOWN),
@@ -171,7 +171,7 @@ class TestMatches:
         for text in (
             "%shimmy mo",
             "%%shimmy --fo",
-            "%shimmy fix ",
+            "%shimmy reset ",
             "%shimmy Why",
             "%%shimmy x ",
             "print(",

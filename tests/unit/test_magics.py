@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,12 @@ class TestContext:
         assert prompt(server).endswith("why?")
         assert "tokens" in capsys.readouterr().out
 
+    def test_what_is_shortened_is_said(self, ip: Any, server: Talking, capsys: Any) -> None:
+        ask(ip, "'a' * 5000", "'b' * 3000", "%shimmy --context 2 why?")
+        said = capsys.readouterr().out
+        assert re.search(r"; of Out\[\d+\] only the beginning and the end\n", said)
+        assert "characters left out" in prompt(server)
+
     def test_too_much_says_what_to_leave_out(self, ip: Any, server: Talking) -> None:
         long = "z = '" + "word " * 200 + "'"
         with pytest.raises(ContextLengthExceeded, match=r"--leave-out In\[\d+\]") as caught:
@@ -400,6 +407,11 @@ class TestFix:
         assert "ran" not in ip.user_ns
         assert "+ran = True" in capsys.readouterr().out
 
+    def test_by_another_model(self, ip: Any, server: Talking) -> None:
+        ip.run_cell("1 / 0", store_history=True)
+        ask(ip, "%shimmy fix small")
+        assert server.bodies[-1]["model"] == "small"
+
     def test_nothing_has_failed(self, ip: Any, server: Talking) -> None:
         with pytest.raises(InvalidValue, match="no cell"):
             ask(ip, "%shimmy fix")
@@ -427,6 +439,22 @@ def test_compat(ip: Any, server: Talking) -> None:
     unload(ip)
     assert "ai" not in ip.magics_manager.magics["cell"]
     assert "ai" not in ip.magics_manager.magics["line"]
+
+
+def test_compat_gives_back_what_was_another_s(ip: Any, server: Talking) -> None:
+    def theirs(line: str, cell: str | None = None) -> None:
+        """Another extension's."""
+
+    table = ip.magics_manager.magics
+    ip.register_magic_function(theirs, "line_cell", "ai")
+    try:
+        ask(ip, "%shimmy compat ai", "%shimmy compat ai", "%ai hi")
+        assert len(server.bodies) == 1
+        unload(ip)
+        assert table["line"]["ai"] is table["cell"]["ai"] is theirs
+    finally:
+        for kind in ("line", "cell"):
+            table[kind].pop("ai", None)
 
 
 def test_loading_again_leaves_one_of_each() -> None:
