@@ -6,7 +6,7 @@ Shared cells are counted for each who shares them, so what is promised is always
 
 What is kept is not free, though: on a processor each row of a step looks past all cells that are taken,
 whosever they are, and 12,000 of them make a token of a small model take a quarter longer. To move them
-out costs about as much as a few hundred such rows. When these have been computed, the move has been paid
+out costs about as much as a hundred such rows. When these have been computed, the move has been paid
 for and is made: at no time has more than twice as much been spent as by who knows what will come (ski
 rental; Karlin, Manasse, Rudolph and Sleator, Algorithmica 1988).
 """
@@ -19,8 +19,8 @@ from . import messages as m
 from .prefix import MIN_SHARED, Entry, Match, Owner, PrefixCache, Tokens
 from .sequence import Sequence
 
-IDLE_ROWS = 256
-"""Of a small model a cell costs each row 0.3 µs, and to be moved out and back 85 µs."""
+IDLE_ROWS = 128
+"""Of a small model a cell costs each row 0.3 µs, and to be moved out and back 20 to 80 µs."""
 _SLOT_SHARE = 4
 _KV_SHARE = 3
 """A principal with something running may have so many times what is left free (dynamic thresholds,

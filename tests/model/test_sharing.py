@@ -104,6 +104,18 @@ class TestPrefixes:
             assert ended.usage.cached_tokens == 299
             agree(model_path, tokens(1, 300), first, again)
 
+    async def test_memory_that_another_was_saved_in(self, model_path: Path) -> None:
+        async with loaded(model_path, kv_tokens=512, context_size=400) as model:
+            each = model.facts.kv_bytes_per_token
+        sharing = Sharing(saved_bytes=320 * each)
+        async with loaded(model_path, sharing, kv_tokens=512, context_size=400) as model:
+            await ask(model, tokens(1, 300), 8, NO_END, who="ann")
+            first, _ = await ask(model, tokens(2, 280), 8, NO_END, who="ben")
+            await ask(model, tokens(3, 300), 8, NO_END, who="ann")
+            again, ended = await ask(model, tokens(2, 280), 8, NO_END, who="ben")
+            assert ended.usage.cached_tokens == 279
+            agree(model_path, tokens(2, 280), first, again)
+
     async def test_small_models_go_on_where_they_were(self) -> None:
         async with loaded(self_test_path()) as model:
             assert not model.facts.can_copy

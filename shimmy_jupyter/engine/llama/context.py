@@ -90,7 +90,10 @@ class Context:
         self.handle = native.llama_init_from_model(model, params)
         self.ok = bool(self.handle)
         self.samplers: dict[int, SlotSampler] = {}
-        self.saved: dict[int, bytearray] = {}
+        self.saved: dict[int, tuple[bytearray, int]] = {}
+        """By key, a buffer and how much of it is used."""
+        self._spare = bytearray()
+        """The last buffer that was given back: memory that is new to a process costs six times the copy."""
         self._constraints = constraints
         self._vocabulary = constraints.vocabulary
         self._flag = flag
@@ -112,6 +115,7 @@ class Context:
         for slot in list(self.samplers):
             self._close_sampler(slot)
         self.saved.clear()
+        self._spare = bytearray()
         native.llama_batch_free(self.batch)
         native.llama_free(self.handle)
 
@@ -133,7 +137,7 @@ class Context:
             case RestoreSlot():
                 self._restore(change.key, change.slot)
             case DropSaved():
-                del self.saved[change.key]
+                self._spare, _ = self.saved.pop(change.key)
 
     def _sampler(self, slot: OpenSlot) -> SlotSampler:
         matcher: Matcher | Failure | None = None
@@ -153,17 +157,18 @@ class Context:
 
     def _save(self, slot: int, key: int) -> None:
         size = quick.llama_state_seq_get_size(self.handle, slot)
+        spare, self._spare = self._spare, bytearray()
         # No array of ctypes: each size would be a type of its own, which stays for long.
-        data = bytearray(size)
+        data = spare if size <= len(spare) <= 2 * size else bytearray(size)
         begin = ctypes.byref(ctypes.c_uint8.from_buffer(data))
         if native.llama_state_seq_get_data(self.handle, begin, size, slot) != size:
             raise EngineLost("llama.cpp could not save a sequence's KV")
-        self.saved[key] = data
+        self.saved[key] = data, size
 
     def _restore(self, key: int, slot: int) -> None:
-        data = self.saved[key]
+        data, size = self.saved[key]
         begin = ctypes.byref(ctypes.c_uint8.from_buffer(data))
-        if not native.llama_state_seq_set_data(self.handle, begin, len(data), slot):
+        if not native.llama_state_seq_set_data(self.handle, begin, size, slot):
             raise EngineLost("llama.cpp could not restore a sequence's KV")
 
     # Decoding
