@@ -25,8 +25,8 @@ class Capacity:
     `prompt_seconds` while nobody does. `can_copy`: whether a slot may take part of another's KV;
     `can_trim`: whether a slot's KV can be cut short. `saved_tokens` of KV fit into host memory.
     `weights` are the shares of principals; 1 for whoever is not named. With `lookup` a sequence that
-    decodes alone has its next tokens guessed. After `idle_rows` rows of others' steps, what is kept for
-    later is moved from the cache to host memory; 0: it stays while there is room.
+    decodes alone has its next tokens guessed. `idle_rows` of steps cost as much as to move what is kept
+    out of their way; 0: it stays while there is room.
     """
 
     slots: int

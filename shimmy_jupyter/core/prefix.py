@@ -88,21 +88,13 @@ class PrefixCache:
     def save(self, entry: Entry) -> Entry:
         """A copy of a kept entry in host memory, under a new key."""
         self._keys += 1
-        saved = Entry(self._keys, entry.owner, entry.tokens, entry.used)
+        saved = Entry(self._keys, entry.owner, entry.tokens, entry.used, entry.since)
         self.saved[self._keys] = saved
         return saved
 
     def touch(self, match: Match) -> None:
         if match.entry is not None:
             self._touch(match.entry)
-
-    def oldest(self, entries: dict[int, Entry], spare: Entry | None = None) -> Entry | None:
-        """Least recently used, but not `spare`."""
-        return min(
-            (entry for entry in entries.values() if entry is not spare),
-            key=lambda entry: entry.used,
-            default=None,
-        )
 
     def is_elsewhere(self, entry: Entry) -> bool:
         """Whether nearly all of it is in another entry of the same owner too."""

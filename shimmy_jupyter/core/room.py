@@ -3,24 +3,18 @@
 Running sequences have their whole reservation (prompt + max_tokens) set aside. What ended sequences
 leave is kept while there is room, then saved to host memory least recently used first, then dropped.
 Shared cells are counted for each who shares them, so what is promised is always there.
-
-What is kept is not free, though: on a processor each row of a step looks past all cells that are taken,
-whosever they are, and 12,000 of them make a token of a small model take a quarter longer. To move them
-out costs about as much as a hundred such rows. When these have been computed, the move has been paid
-for and is made: at no time has more than twice as much been spent as by who knows what will come (ski
-rental; Karlin, Manasse, Rudolph and Sleator, Algorithmica 1988).
+What has lain there for long is in everybody's way, and goes sooner (`idleness`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from . import messages as m
+from .idleness import Idleness
 from .prefix import MIN_SHARED, Entry, Match, Owner, PrefixCache, Tokens
 from .sequence import Sequence
 
-IDLE_ROWS = 128
-"""Of a small model a cell costs each row 0.3 µs, and to be moved out and back 20 to 80 µs."""
 _SLOT_SHARE = 4
 _KV_SHARE = 3
 """A principal with something running may have so many times what is left free (dynamic thresholds,
@@ -44,6 +38,8 @@ class Room:
         self.reserved_tokens = 0
         self.computed = 0
         """Rows of steps so far."""
+        self._look_at = 0
+        self.idleness = Idleness(capacity.idle_rows if capacity.can_copy else 0)
         self._theirs: dict[str, tuple[int, int]] = {}
         """Running sequences of each principal that has any, and what they have reserved."""
         self.limit = min(capacity.slots, running_limit(capacity.sequences))
@@ -103,6 +99,8 @@ class Room:
             self.prefixes.touch(match)
             if match.entry is not None:
                 match.entry.since = self.computed
+                if 2 * match.tokens >= match.entry.size:
+                    self.idleness.taken_up(match.entry.owner)
             sequence.cached = sequence.reused = match.tokens
             out += self._fill(sequence.slot, match)
         self.running[sequence.slot] = sequence
@@ -116,19 +114,51 @@ class Room:
         size = sequence.cached if keep and sequence.cached >= MIN_SHARED else 0
         if size:
             self.prefixes.keep(sequence.slot, sequence.owner, sequence.computed(), self.computed)
+            self.idleness.left(sequence.owner)
         else:
             self.free_slots.append(sequence.slot)
         return m.CloseSlot(sequence.slot, size)
 
     def move_out(self, out: list[m.Instruction]) -> None:
-        """Move to host memory what has lain idle for too long, where there is room for it."""
-        idle = self.capacity.idle_rows
-        if not idle or not self.capacity.can_copy:  # each has cells of its own
+        """Move what has lain idle for too long to host memory, where there is room, or drop it."""
+        if self.computed < self._look_at:
             return
+        self._look_at = self.computed + self.idleness.rows // 4  # to look costs something, too
         for entry in list(self.prefixes.kept.values()):
-            worth = entry.size <= self.capacity.saved_tokens
-            if worth and self.computed - entry.since >= idle:
-                self.free_slots.append(self._empty(entry, None, out))
+            idle = self.computed - entry.since
+            if self.idleness.to_drop(entry.owner, idle) or (
+                self.idleness.to_move(idle) and self._save(entry, out, None, self._is_over)
+            ):
+                self.free_slots.append(self._drop(entry, out))
+
+    def _is_over(self, entry: Entry) -> bool:
+        return self.idleness.to_drop(entry.owner, self.computed - entry.since)
+
+    def _save(
+        self,
+        entry: Entry,
+        out: list[m.Instruction],
+        source: Entry | None,
+        may_go: Callable[[Entry], bool],
+    ) -> bool:
+        """Copy it to host memory, dropping there what may go, but not `source`. False where that is not
+        enough; nothing is copied that is nearly all elsewhere, too.
+        """
+        if self.prefixes.is_elsewhere(entry):
+            return True
+        cap, saved = self.capacity.saved_tokens, self.prefixes.saved
+        needed = source.size if source is not None and source in saved.values() else 0
+        if entry.size + needed > cap:
+            return False
+        while self.prefixes.saved_tokens + entry.size > cap:
+            stalest = self._stalest(saved, source)
+            assert stalest is not None, "all but what is needed can go"
+            if not may_go(stalest):
+                return False
+            del saved[stalest.place]
+            out.append(m.DropSaved(stalest.place))
+        out.append(m.SaveSlot(entry.place, self.prefixes.save(entry).place))
+        return True
 
     def _account(self, sequence: Sequence, sign: int) -> None:
         self.reserved_tokens += sign * sequence.reserved
@@ -182,21 +212,25 @@ class Room:
         return self.free_slots.pop() if self.free_slots else self._evict(source, out)
 
     def _evict(self, source: Entry | None, out: list[m.Instruction]) -> int:
-        """Empty the slot that was used least recently, saving its KV where that is worth it."""
-        entry = self.prefixes.oldest(self.prefixes.kept, source)
+        """Empty the slot that is least worth keeping, saving its KV where that is worth it."""
+        entry = self._stalest(self.prefixes.kept, source)
         assert entry is not None, "there is always room for what may be admitted"
-        return self._empty(entry, source, out)
+        own = self._stale(entry)
+        self._save(entry, out, source, lambda other: self._stale(other) >= own)
+        return self._drop(entry, out)
 
-    def _empty(self, entry: Entry, source: Entry | None, out: list[m.Instruction]) -> int:
-        needed = source.size if source is not None and source in self.prefixes.saved.values() else 0
-        fits = entry.size + needed <= self.capacity.saved_tokens
-        if fits and not self.prefixes.is_elsewhere(entry):
-            while self.prefixes.saved_tokens + entry.size > self.capacity.saved_tokens:
-                oldest = self.prefixes.oldest(self.prefixes.saved, source)
-                assert oldest is not None, "all but what is needed can go"
-                del self.prefixes.saved[oldest.place]
-                out.append(m.DropSaved(oldest.place))
-            out.append(m.SaveSlot(entry.place, self.prefixes.save(entry).place))
+    def _stale(self, entry: Entry) -> float:
+        return self.idleness.staleness(entry.owner, self.computed - entry.since)
+
+    def _stalest(self, entries: dict[int, Entry], spare: Entry | None = None) -> Entry | None:
+        """What is least worth keeping, of equals what was used least recently; but not `spare`."""
+        return min(
+            (entry for entry in entries.values() if entry is not spare),
+            key=lambda entry: (-self._stale(entry), entry.used),
+            default=None,
+        )
+
+    def _drop(self, entry: Entry, out: list[m.Instruction]) -> int:
         del self.prefixes.kept[entry.place]
         out.append(m.TrimSlot(entry.place, 0))
         return entry.place

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from ..core import messages as m
 from ..core.governor import Governor
-from ..core.room import IDLE_ROWS
+from ..core.idleness import IDLE_ROWS
 from ..core.scheduler import Scheduler
 from ..errors import (
     EngineCrashed,

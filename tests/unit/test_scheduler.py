@@ -507,7 +507,7 @@ class TestPrefixes:
         d = Driver(replace(LARGE, saved_tokens=200, idle_rows=150))
         self.ask(d, 1, self.PROMPT)
         assert self.idle(d, 149) == 0
-        assert self.idle(d, 1 + 9) == 1
+        assert self.idle(d, 50) == 1
         assert not [e for e in d.scheduler.line.room.prefixes.kept.values() if e.owner[0] == "a"]
         assert self.ask(d, 2, self.PROMPT) == 99
 

@@ -1,0 +1,111 @@
+"""What becomes of KV that nobody uses.
+
+Cases: the two prices; whose is taken up again and whose is not; that worth stays between 0 and 1 and
+remembers so many owners only; off. And in the scheduler: what nobody takes up is dropped and drives nobody
+else's out; what is taken up stays, though memory is full of others'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shimmy_jupyter.core import messages as m
+from shimmy_jupyter.core.idleness import Idleness
+
+from .test_scheduler import GREEDY, LARGE, Driver
+
+ANN, BEN = ("ann", ""), ("ben", "")
+
+
+def test_first_it_is_moved_and_much_later_dropped() -> None:
+    one = Idleness(10)
+    assert [one.to_move(rows) for rows in (0, 9, 10, 10_000)] == [False, False, True, True]
+    assert [one.to_drop(ANN, rows) for rows in (10, 1249, 1250)] == [False, False, True]
+
+
+def test_what_is_never_taken_up_goes_sooner() -> None:
+    one = Idleness(10)
+    for _ in range(50):
+        one.left(ANN)
+    assert one.to_drop(ANN, 100)
+    assert not one.to_drop(ANN, 9)
+    assert not one.to_drop(BEN, 1000)
+
+
+def test_conversations_stay() -> None:
+    one = Idleness(10)
+    for _ in range(50):
+        one.left(ANN)
+        one.taken_up(ANN)
+    assert not one.to_drop(ANN, 1000)
+
+
+def test_one_that_is_taken_up_after_many_that_were_not() -> None:
+    one = Idleness(10)
+    for _ in range(50):
+        one.left(ANN)
+    one.taken_up(ANN)
+    assert not one.to_drop(ANN, 600)
+
+
+def test_off() -> None:
+    one = Idleness(0)
+    assert not one.to_move(10**9)
+    assert not one.to_drop(ANN, 10**9)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3000))))
+def test_worth_is_a_share_of_owners_who_are_not_forgotten(events: list[tuple[bool, int]]) -> None:
+    one = Idleness(10)
+    for taken, who in events:
+        (one.taken_up if taken else one.left)((str(who), ""))
+        assert 0 <= one.worth((str(who), "")) <= 1
+
+
+def test_only_so_many_owners_are_remembered() -> None:
+    one = Idleness(10)
+    for _ in range(50):
+        one.left(ANN)
+    for who in range(999):
+        one.left((str(who), ""))
+    assert one.worth(ANN) < 0.1
+    for who in range(1000, 2001):
+        one.left((str(who), ""))
+    assert one.worth(ANN) == 1
+
+
+class TestScheduling:
+    def ask(self, d: Driver, id: int, prompt: tuple[int, ...], who: str) -> int:
+        d.handle(m.Submitted(id, who, prompt, 4, GREEDY))
+        d.run()
+        return d.ended(id).ended.usage.cached_tokens
+
+    def rows(self, d: Driver, first: int, count: int) -> None:
+        """Rows of a table: nothing of one is of use to another."""
+        for id in range(first, first + count):
+            assert self.ask(d, id, tuple(range(1000 * id, 1000 * id + 50)), "table") == 0
+
+    def test_a_table_drives_no_conversation_out(self) -> None:
+        d = Driver(replace(LARGE, saved_tokens=400, idle_rows=100))
+        said = tuple(range(100))
+        for id in range(1, 4):
+            self.ask(d, id, said, "ann")
+            said = (*said, *range(100 * id, 100 * id + 60))
+        self.rows(d, 10, 100)
+        assert self.ask(d, 200, said, "ann") >= 160
+        theirs = [e for e in d.scheduler.line.room.prefixes.kept.values() if e.owner[0] == "table"]
+        assert len(theirs) < 10  # they are in nobody's way
+
+    def test_conversations_stay_where_memory_is_full_of_others(self) -> None:
+        d = Driver(replace(LARGE, saved_tokens=110, idle_rows=100))
+        for who in ("ann", "ben", "cy"):
+            for id in range(2):
+                self.ask(
+                    d, 10 * ord(who[0]) + id, tuple(range(ord(who[0]), 100 + ord(who[0]))), who
+                )
+        for who in ("ann", "ben", "cy"):
+            again = tuple(range(ord(who[0]), 100 + ord(who[0])))
+            assert self.ask(d, 5000 + ord(who[0]), again, who) == 99
