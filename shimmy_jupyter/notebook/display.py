@@ -309,7 +309,8 @@ def framed(body: str, note: str = "", reasoning: str = "", receipt: str = "") ->
         body += f"<details><summary>{small}</summary>{_small(inert(receipt))}</details>"
     elif small:
         body += f"<p>{small}</p>"
-    return f'<div class="shimmy-answer">{body}</div>'
+    # A long word, such as a path or a hash, would be cut off at the cell's edge.
+    return f'<div class="shimmy-answer" style="overflow-wrap:anywhere">{body}</div>'
 
 
 def _small(text: str) -> str:

@@ -249,12 +249,12 @@ def _line(
 ) -> str:
     parts = [one_line(model), one_line(origin)]
     if usage is not None:
-        parts.append(f"{usage.completion_tokens} tokens")
+        parts.append(f"{usage.completion_tokens:,} tokens")
     if timings is not None and timings.tokens_per_second:
-        parts.append(f"{timings.tokens_per_second:.0f} tokens/s")
+        parts.append(f"{timings.tokens_per_second:,.0f} tokens/s")
     if timings is not None and timings.ttft_ms is not None:
-        parts.append(f"first token after {timings.ttft_ms:.0f} ms")
+        parts.append(f"first token after {timings.ttft_ms:,.0f} ms")
     if usage is not None and usage.cached_tokens:
-        parts.append(f"cached {usage.cached_tokens} of {usage.prompt_tokens} prompt tokens")
+        parts.append(f"cached {usage.cached_tokens:,} of {usage.prompt_tokens:,} prompt tokens")
     parts.append(_WORDS.get(reason or "", ""))
     return " · ".join(filter(None, parts))

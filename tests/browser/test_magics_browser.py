@@ -185,5 +185,5 @@ def test_eight_thousand_tokens_are_all_there(lab: Lab) -> None:
         said = book.run(1, seconds=60)
         text, figures = said.split("\n\n")
         assert sum(letter.isalpha() for letter in text) == 8100
-        assert figures.startswith("long · 8100 tokens · ")
+        assert figures.startswith("long · 8,100 tokens · ")
         assert plain(book.save(), 1) == text

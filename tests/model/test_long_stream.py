@@ -47,7 +47,7 @@ async def test_eight_thousand_tokens_arrive_whole(tmp_path: Path) -> None:
     assert {one["type"] for one in outputs} == {"display_data", "update_display_data"}
     *growing, last = (text for text in map(text_of, outputs) if not WAITS.match(text))
     text, _, figures = last.rpartition("\n")
-    assert figures.startswith(f"[long · {TOKENS} tokens · ")
+    assert figures.startswith(f"[long · {TOKENS:,} tokens · ")
     assert answer["usage"]["completion_tokens"] == TOKENS
     assert text == clean(answer["choices"][0]["message"]["content"])
     assert len({text[i : i + 30] for i in range(len(text))}) > 1000

@@ -54,8 +54,8 @@ class Inspector(HTMLParser):
             if name == "class":
                 assert re.fullmatch(r"shimmy-answer|language-.*", value or "")
             if name == "style":
-                assert value in ("opacity:0.7", "text-align:left", "text-align:right",
-                                 "text-align:center", *STYLES)  # fmt: skip
+                assert value in ("opacity:0.7", "overflow-wrap:anywhere", "text-align:left",
+                                 "text-align:right", "text-align:center", *STYLES)  # fmt: skip
 
 
 ATTACKS = [
@@ -194,7 +194,7 @@ def test_half_of_a_pair_is_left_out() -> None:
 def test_what_stands_around_an_answer() -> None:
     page = Answer("a", "3 tokens", "hm", "receipt 1 <b>").bundle()["text/html"]
     assert page == (
-        '<div class="shimmy-answer"><details><summary>Reasoning</summary><p>hm</p>\n</details><p>a</p>\n'
+        '<div class="shimmy-answer" style="overflow-wrap:anywhere"><details><summary>Reasoning</summary><p>hm</p>\n</details><p>a</p>\n'
         '<details><summary><small style="opacity:0.7">3 tokens</small></summary>'
         '<small style="opacity:0.7">receipt 1 &lt;b&gt;</small></details></div>'
     )
@@ -202,7 +202,7 @@ def test_what_stands_around_an_answer() -> None:
     bare = Answer("a", "3 tokens").bundle()["text/html"]
     assert bare.endswith('<p><small style="opacity:0.7">3 tokens</small></p></div>')
     assert Answer("a", "", "", "receipt 1").bundle()["text/html"] == (
-        '<div class="shimmy-answer"><p>a</p>\n</div>'
+        '<div class="shimmy-answer" style="overflow-wrap:anywhere"><p>a</p>\n</div>'
     )
 
 

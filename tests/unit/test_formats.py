@@ -27,6 +27,7 @@ from .test_display import ATTACKS, SAFE_ATTRIBUTES, SAFE_TAGS, TURNS
 
 ALWAYS = {
     "white-space:pre-wrap",
+    "overflow-wrap:anywhere",
     "opacity:0.7",
     "text-align:left",
     "text-align:right",
@@ -111,7 +112,7 @@ class Inside(HTMLParser):
 
 
 def check(found: Any) -> Outside:
-    """Nothing in any representation acts, and a notebook can keep it."""
+    """Nothing in any representation acts."""
     bundle = found.bundle
     assert set(bundle) <= {
         "text/plain", "text/html", "text/markdown", "text/latex", "application/json"
@@ -124,9 +125,6 @@ def check(found: Any) -> Outside:
         assert not re.search(r"<[A-Za-z!/?]", said)
         assert not re.search(r"\]\s*[(\[:]", bundle.get("text/markdown", ""))
         assert not re.search(r"\\(href|html|input|write|def)(?![A-Za-z])", said)
-    output = nbformat.v4.new_output("display_data", data=bundle, metadata=found.metadata)
-    cell = nbformat.v4.new_code_cell("x", outputs=[output])
-    nbformat.validate(nbformat.v4.new_notebook(cells=[cell]))
     outside = Outside(bundle.get("text/html", ""))
     for page in outside.frames:
         Inside(page)
@@ -136,6 +134,13 @@ def check(found: Any) -> Outside:
             image,
         )
     return outside
+
+
+def keep(found: Any) -> None:
+    """A notebook can have it. Slow: for those that are each of their kind."""
+    output = nbformat.v4.new_output("display_data", data=found.bundle, metadata=found.metadata)
+    cell = nbformat.v4.new_code_cell("x", outputs=[output])
+    nbformat.validate(nbformat.v4.new_notebook(cells=[cell]))
 
 
 SVG = (
@@ -201,7 +206,9 @@ def test_nothing_acts(text: str, format: str) -> None:
             f"````\n{text}",
             f"words\n\n~~~\n{text}\n~~~",
         ):
-            check(shown(format, wrapped, note=text, reasoning=text, receipt=text, done=done))
+            found = shown(format, wrapped, note=text, reasoning=text, receipt=text, done=done)
+            check(found)
+    keep(found)
 
 
 @settings(max_examples=150, deadline=None)
@@ -210,7 +217,9 @@ def test_nothing_acts(text: str, format: str) -> None:
     st.lists(st.sampled_from([*HARMS, "\n", "```", "```\n", "<", '"', "'", ">"])),
 )
 def test_no_combination_acts(format: str, parts: list[str]) -> None:
-    check(shown(format, "".join(parts)))
+    found = shown(format, "".join(parts))
+    check(found)
+    keep(found)
 
 
 @settings(max_examples=300, deadline=None)
