@@ -51,6 +51,24 @@ def test_a_question_is_answered_below_its_cell(lab: Lab) -> None:
         book.screenshot("answer")
 
 
+def test_a_tour(lab: Lab) -> None:
+    """What the documents show."""
+    cells = [
+        LOAD + "\n%config ShimmyMagics.temperature = 0",
+        "%%shimmy self-test -o answer\nWhat does len do?",
+        "%%shimmy self-test --logprobs 3 --max-tokens 24\nWhat does json.dumps do?",
+        "%shimmy limits max_tokens_per_day=50000",
+        "%shimmy replay answer",
+    ]
+    with lab.notebook("tour", cells, size=(1000, 740)) as book:
+        said = [book.run(number) for number in range(len(cells))]
+        assert said[1].startswith(LEN)
+        assert "max_tokens_per_day" in said[3]
+        assert said[4].startswith("identical: 11 tokens")
+        assert not any(map(book.failed, range(len(cells))))
+        book.screenshot("tour")
+
+
 def test_an_answer_grows_as_it_is_made(lab: Lab) -> None:
     ask = "%%shimmy slow --temperature 0 --max-tokens 1200\nGo on"
     with lab.notebook("streams", [LOAD, ask], view="lab") as book:
