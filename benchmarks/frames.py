@@ -6,7 +6,9 @@ A real Jupyter server with a model of the shape of Qwen3-0.6B, whose weights are
 answers never end early. Both sides ask the same kind of prompts, in turn, never the same prompt twice;
 both go over the same kind of connection, and every answer has as many tokens as are allowed. They are sampled:
 a greedy model of random weights repeats itself, and what repeats itself is guessed where one sequence decodes
-alone. A round's ratio is the map's time by the loop's; the aim is 0.4. Then a map is interrupted half-way and called again: no row may be
+alone. A round's ratio is the map's time by the loop's; the aim is 0.4. Beside it stands what the raw loop of
+`llama_decode` allows on this machine: the same prompts and tokens for all at once, by those for one after
+another, with nothing else to do. Then a map is interrupted half-way and called again: no row may be
 asked twice. Exit code 1 where either does not hold.
 """
 
@@ -15,7 +17,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -54,7 +58,8 @@ class Client:
         self.asked: Counter[str] = Counter()
         self.answered: set[str] = set()
         self.stop_after: int | None = None
-        self.tokens = 0
+        self.tokens = self.computed = self.answers = 0
+        """Tokens that were generated, prompts' tokens that were not in the cache; of how many answers."""
 
     def wiring(self) -> Wiring:
         async def identity(_model: str) -> str:
@@ -98,7 +103,10 @@ class Client:
         answer = response.json()
         if "error" in answer:
             raise from_code(answer["error"]["code"], answer["error"]["message"])
-        self.tokens += answer["usage"]["completion_tokens"]
+        used = answer["usage"]
+        self.tokens += used["completion_tokens"]
+        self.computed += used["prompt_tokens"] - used["prompt_tokens_details"]["cached_tokens"]
+        self.answers += 1
         return dict(answer)
 
     def loop(self, bodies: list[dict[str, Any]]) -> None:
@@ -153,6 +161,29 @@ def compare(client: Client, options: argparse.Namespace) -> list[dict[str, float
     return rounds
 
 
+def raw(model: Path, options: argparse.Namespace, prompt_tokens: int) -> float:
+    """What the map's time by the loop's would be if nothing but the model took any: medians of 3."""
+    count = min(options.concurrency, options.rows)
+    sizes = {"model": str(model), "kv_tokens": 16384, "slots": count, "threads": os.cpu_count()}
+    job = {"mode": "burst", "prompt_tokens": prompt_tokens, "max_tokens": options.tokens}
+    command = [sys.executable, str(HERE / "raw_loop.py"), json.dumps(sizes)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdout.readline()
+
+        def seconds(clients: int, seed: int) -> float:
+            child.stdin.write(json.dumps({**job, "clients": clients, "seed": seed}) + "\n")
+            child.stdin.flush()
+            return float(json.loads(child.stdout.readline())["seconds"])
+
+        found = [seconds(count, k) / count / seconds(1, k) for k in range(3)]
+        child.stdin.close()
+    return statistics.median(found)
+
+
 def go_on(client: Client, options: argparse.Namespace) -> tuple[int, int, int]:
     """Rows answered before the interrupt, rows asked after it, and rows asked although they were answered."""
     frame = pd.DataFrame({"text": texts(options.rows, "again")})
@@ -196,7 +227,9 @@ def main() -> int:
             client = Client(server, model.stem, Path(folder, "cache"))
             frames.register(client.wiring)
             rounds = compare(client, options)
+            each = round(client.computed / client.answers)
             done, asked, twice = go_on(client, options)
+        allowed = raw(model, options, each)
     ratios = [one["map"] / one["loop"] for one in rounds]
     result = {
         "rows": options.rows,
@@ -205,10 +238,15 @@ def main() -> int:
         "kind": options.kind,
         "rounds": rounds,
         "ratio": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+        "raw": allowed,
+        "prompt_tokens": each,
         "resumed": {"done": done, "asked": asked, "twice": twice},
     }
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
     print(f"ratio {statistics.median(ratios):.3f} ({spread}, {len(ratios)} rounds; aim {AIM})")
+    print(
+        f"the raw loop allows {allowed:.3f}, with {each} tokens of a prompt to compute for each row"
+    )
     print(f"resumed: {done} of {options.rows} were done, {asked} asked afterwards, {twice} twice")
     results = HERE / "results"
     results.mkdir(exist_ok=True)
