@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from jupyter_core.paths import jupyter_data_dir
 
+from .errors import AccessDenied
 from .frames.fill import Wiring
 
 if TYPE_CHECKING:  # they are needed once a frame is
@@ -38,7 +41,7 @@ def wiring() -> Wiring:
 
     def structure(kind: Any) -> tuple[Mapping[str, Any], Callable[[str], Any]]:
         shape = shape_of(kind)
-        return shape.schema, shape.parse
+        return shape.schema, shape.value
 
     return Wiring(
         run=lambda work: found.portal.run(lambda: work),
@@ -75,18 +78,28 @@ async def _resolved(asker: Asker, model: str | None, task: str) -> str:
 
 
 async def _identity(asker: Asker, model: str) -> str:
-    """What answers depend on: the model's bytes, read if nobody has done so yet, its template and the engine."""
-    meant = str((await asker.prepared({"model": model}))["model"])
+    """What answers depend on: the model's bytes, read if nobody has done so yet, its template, the engine, and
+    what a project's lock adds to each request, such as an adapter or a seed.
+    """
+    added = await asker.prepared({"model": model})
+    meant = str(added.pop("model"))
     listed = await asker.get("shimmy/api/models")
     row = next((one for one in listed["models"] if one["id"] == meant), None)
     if row is None:
         return ""
     sha256 = row["sha256"] or await _read(asker, meant)
-    return f"{sha256}:{row['chat_template']}:{listed['engine']}" if sha256 else ""
+    if not sha256:
+        return ""
+    fixed = json.dumps(added, sort_keys=True) if added else ""
+    return f"{sha256}:{row['chat_template']}:{listed['engine']}{fixed}"
 
 
 async def _read(asker: Asker, model: str) -> str | None:
-    job = (await asker.post(f"shimmy/api/models/{model}/verify", {}))["job"]
+    """None where they cannot be read, or not by whom it is asked for: a model can still be used then."""
+    try:
+        job = (await asker.post(f"shimmy/api/models/{quote(model, safe='')}/verify", {}))["job"]
+    except AccessDenied:
+        return None
     while (look := await asker.get(f"shimmy/api/jobs/{job}"))["state"] == "running":  # noqa: ASYNC110
         await asyncio.sleep(_POLL)
     # As the listing has it from then on: of the first file.

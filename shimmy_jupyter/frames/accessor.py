@@ -70,8 +70,9 @@ class FrameAccessor:
         an answer of its own. `cache` keeps them all, sampled ones too, until the model's bytes or anything
         that is asked changes: call it again, and only what has no answer yet is asked. `cache=False`
         asks anew. Interrupting raises `Interrupted`; its `partial`, or `frames.last()`, is the frame so far,
-        which can also be given to `resume`: rows whose prompt is still the same and that have no error keep
-        their values, whatever else has changed.
+        which can also be given to `resume`: rows in which nothing that the prompt takes has changed and that
+        have no error keep their values. What else they were asked with, be it other words of the prompt or
+        another model, does not count.
 
         `concurrency` rows are asked at once, fewer while the server's queue or a limit is full: that
         is waited for, `max_wait` seconds at most without any answer. `parameters` are fields of a chat
@@ -191,16 +192,16 @@ class SeriesAccessor:
         for name in ("errors", "into"):
             if name in options:
                 raise InvalidValue("a column has no place for it: map the frame", param=name)
+        schema = options.get("schema")
+        if schema is not None and layout_of(connected().structure(schema)[0], None).fields:
+            raise InvalidValue("the answer has several fields: map the frame", param="schema")
         series = nw.from_native(self._series, series_only=True)
         own = str(series.name or "value")
         name = own if isinstance(prompt, str) and f"{{{own}}}" in prompt else "value"
         frame = series.alias(name).to_frame().to_native()
         answer = "answer" if name != "answer" else "answer_"
         filled = FrameAccessor(frame).map(prompt, into=answer, errors="raise", **options)
-        found = nw.from_native(filled, eager_only=True)
-        if answer not in found.columns:
-            raise InvalidValue("the answer has several fields: map the frame", param="schema")
-        return found.get_column(answer).to_native()
+        return nw.from_native(filled, eager_only=True).get_column(answer).to_native()
 
 
 def _reply(answer: Mapping[str, Any]) -> Reply:
@@ -222,7 +223,7 @@ def _values(layout: Layout, validate: Callable[[str], Any] | None, reply: Reply)
                 f"the answer was cut off after {reply.tokens} tokens: allow more by max_tokens",
             )
         )
-    found, written = plain(validate(reply.text)), json.loads(reply.text)
+    found, written = plain(validate(reply.text)), plain(json.loads(reply.text))
     # What has been read counts; names that it has otherwise are found as they were written.
     both = isinstance(found, dict) and isinstance(written, dict)
     return layout.values({**written, **found} if both else found)
@@ -296,7 +297,8 @@ class Opened:
 
     def filled(self, layout: Layout, table: Table, *, errors: bool) -> Any:
         made = dict(zip(layout.names, zip(table.columns, layout.kinds, strict=True), strict=True))
-        if errors:
+        # None is left of an earlier call, either.
+        if errors or layout.error in self.columns:
             made[layout.error] = (list(table.said()), TEXT)
         if self._frame.implementation.is_pandas():
             import narwhals.stable.v2 as nw

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from datetime import date, time
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InvalidValue
@@ -104,7 +104,8 @@ def fit(value: Any, kind: Kind) -> Any:
         case "text" | "boolean":
             fitted = value if isinstance(value, str if kind == TEXT else bool) else _NOTHING
         case "number":
-            fitted = float(value) if number else _NOTHING
+            # A decimal number is written as a text, so that no digit of it is lost.
+            fitted = float(value) if number or _is_decimal(value) else _NOTHING
         case "integer":
             fitted = int(value) if number and value == int(value) else _NOTHING
         case "list" if isinstance(value, list):
@@ -118,6 +119,13 @@ def fit(value: Any, kind: Kind) -> Any:
     if kind.name == "integer" and not -_WHOLE <= fitted < _WHOLE:
         raise OverflowError("a whole number does not fit into 64 bits")
     return fitted
+
+
+def _is_decimal(value: object) -> bool:
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,17 +205,18 @@ def _checked(found: Layout) -> Layout:
 
 
 def plain(value: Any) -> Any:
-    """An instance as what JSON has: of a pydantic model, a dataclass, an enumeration, and so on."""
-    if isinstance(value, Enum):
-        value = value.value
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json", by_alias=True)
-    if is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(one) for one in value]
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return value.isoformat() if isinstance(value, date | time) else str(value)
+    """An instance as what JSON has: of a pydantic model, a dataclass, an enumeration, and so on. Raises
+    `ValueError` for text that no frame can hold.
+    """
+    from pydantic_core import to_jsonable_python
+
+    try:
+        found = to_jsonable_python(value, by_alias=True, fallback=_otherwise)
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is not a character") from None
+    return found
+
+
+def _otherwise(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else str(value)

@@ -42,7 +42,8 @@ _LONGEST = 300
 class Wiring:
     """What frames need of the rest. `run` waits for a coroutine in the kernel's thread; on
     `KeyboardInterrupt` it cancels it and waits for its end. `resolve` says which model is meant, for "chat",
-    "embed" or "classify"; `identity` what its answers depend on, such as its SHA-256. `structure` makes of a
+    "embed" or "classify"; `identity` what answers depend on by it or an adapter, such as its SHA-256, "" where
+    that is not known. `structure` makes of a
     type a JSON schema, and what reads an answer's text as that type, or raises `ValueError` or
     `ShimmyError`. `folder` is the cache's; None: there is none.
     """
@@ -169,7 +170,8 @@ def fill(frame: Frame, wiring: Wiring, options: Options, task: Task) -> Any:
         _State.last = partial = frame.filled(task.layout, table, errors=True)
         progress.end(_note(error))
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(_kept(progress), partial) from None
+            cached = options.cache and wiring.folder is not None and not heard
+            raise Interrupted(_kept(progress, cached=cached), partial) from None
         if isinstance(error, RowFailed):
             raise _told(error, partial) from None
         # In no field of its own: it may be anybody's error, such as that of a function of a row.
@@ -196,7 +198,7 @@ async def _answered(
     model = await wiring.resolve(options.model, task.name)
     cache, identity = None, ""
     if options.cache and wiring.folder is not None:
-        identity = await _identity(wiring, model, warn)
+        identity = await _identity(wiring, model, task.shared.get("adapter"), warn)
         cache = Cache(wiring.folder, warn=warn) if identity else None
 
     async def call(texts: list[str]) -> list[Reply]:
@@ -208,6 +210,8 @@ async def _answered(
         except (ValueError, ShimmyError) as error:
             code = error.code if isinstance(error, ShimmyError) else "generation_failed"
             said = error.message if isinstance(error, ShimmyError) else str(error)
+            if isinstance(error, ShimmyError) and error.param:
+                said = f"{said} (field {error.param!r})"
             raise RowFailed(Failed(code, one_line(said)[:_LONGEST])) from None
 
     job = Job(
@@ -243,15 +247,22 @@ async def _tick(changed: Callable[[], None]) -> None:
         changed()
 
 
-async def _identity(wiring: Wiring, model: str, warn: Callable[[str], None]) -> str:
-    """Empty where nobody can tell, which is said."""
+async def _identity(
+    wiring: Wiring, model: str, adapter: object, warn: Callable[[str], None]
+) -> str:
+    """What both are; empty where nobody can tell, which is said."""
+    named = [model, adapter] if isinstance(adapter, str) and adapter else [model]
     try:
-        return await wiring.identity(model)
+        found = [await wiring.identity(one) for one in named]
+        reason = "" if all(found) else "nobody can tell what the model's bytes are"
     except (AccessDenied, ModelNotFound, ServerUnreachable):
         raise
     except ShimmyError as error:
-        warn(f"rows are asked without the cache: {one_line(error.message)}")
+        found, reason = [], one_line(error.message)
+    if reason:
+        warn(f"rows are asked without the cache: {reason}")
         return ""
+    return " ".join(found)
 
 
 def _output() -> Output:
@@ -275,9 +286,11 @@ def _told(failed: RowFailed, partial: Any) -> ShimmyError:
     return error
 
 
-def _kept(progress: Progress) -> str:
+def _kept(progress: Progress, *, cached: bool) -> str:
     counts = progress.counts
-    return (
-        f"{counts.done} of {counts.total} rows are done: the same call goes on from the cache, and "
-        "shimmy.frames.last() is the frame so far"
+    how = (
+        "the same call goes on from the cache, and shimmy.frames.last() is the frame so far"
+        if cached
+        else "shimmy.frames.last() is the frame so far, to go on from by resume="
     )
+    return f"{counts.done} of {counts.total} rows are done: {how}"

@@ -54,9 +54,7 @@ class Terminal:
 
 
 class Html:
-    """A display that is updated. `show` of IPython's display functions: the bundle, and whether it is the
-    first of its id.
-    """
+    """A display that is updated. `put` takes the bundle, and whether it is the first of its display."""
 
     def __init__(self, put: Callable[[dict[str, str], bool], None]) -> None:
         self._put, self._first = put, True

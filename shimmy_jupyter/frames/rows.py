@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -207,9 +208,11 @@ class Table:
         self._states[row] = self.FAILED
 
     def copy(self, source: int, row: int) -> None:
-        """What the row's prompt came to in an earlier one."""
+        """What the row's prompt came to in an earlier one. Whoever changes a list or a vector of one row
+        means that row.
+        """
         for column in self.columns:
-            column[row] = column[source]
+            column[row] = copy.deepcopy(column[source])
         if source in self.errors:
             self.errors[row] = self.errors[source]
         self._states[row] = self._states[source]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ _ROWS_ALONE = frozenset(
 )
 """Codes that say something of one row. What else there is would be the same for each."""
 _BUSY = frozenset(("queue_full", "rate_limit_exceeded"))
-_OWN_VALUES = frozenset((None, "messages", "prompt", "input"))
-"""Parameters that an `invalid_value` can name which are the row's."""
+_OWN_VALUES = ("messages", "prompt", "input", "texts")
+"""Parameters that an `invalid_value` can name which are the row's; `texts` is where a kernel refuses one."""
 _TOO_LONG = frozenset(("context_length_exceeded", "request_too_large"))
 _BROKEN_AFTER = 20
 """Different prompts in a row that have failed, for anything but their own length: then it is not they."""
@@ -48,7 +49,7 @@ class RowFailed(Exception):
 def is_rows_own(error: ShimmyError) -> bool:
     """Whether another row may fare better."""
     if error.code == "invalid_value":
-        return error.param in _OWN_VALUES or str(error.param).startswith(("messages", "input"))
+        return error.param is None or re.split(r"[.\[]", error.param)[0] in _OWN_VALUES
     return error.code in _ROWS_ALONE
 
 

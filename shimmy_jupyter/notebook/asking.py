@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, Unpack, ca
 
 from ..errors import InvalidValue, ShimmyError
 from .arguments import did_you_mean, near
-from .result import Completion, from_body
+from .result import Completion, Stream, from_body
 
 if TYPE_CHECKING:  # these are heavy, and numpy need not be there
     import numpy as np
@@ -268,27 +268,12 @@ class Answering:
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         """Of the answer's text; reasoning is in `result` only."""
-        texts: list[str] = []
-        reasoning: list[str] = []
-        scores: dict[str, list[Any]] = {}
-        reason, last = None, {}
+        whole = Stream()
         async with contextlib.aclosing(self._items()) as items:
             async for item in items:
-                for choice in item["choices"]:
-                    reason = choice["finish_reason"] or reason
-                    for kind, scored in (choice["logprobs"] or {}).items():
-                        scores.setdefault(kind, []).extend(scored or [])
-                    reasoning.append(choice["delta"].get("reasoning_content", ""))
-                    if text := choice["delta"].get("content"):
-                        texts.append(text)
-                        yield text
-                last = item
-        message = {"role": "assistant", "content": "".join(texts)}
-        if thought := "".join(reasoning):
-            message["reasoning_content"] = thought
-        choice = {"index": 0, "message": message, "logprobs": scores or None}
-        choices = [{**choice, "finish_reason": reason}]
-        self._result = from_body({**last, "object": "chat.completion", "choices": choices})
+                if text := whole.add(item):
+                    yield text
+        self._result = whole.completion()
 
 
 def _given(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import httpx
 
 from ..errors import (
     InternalError,
+    InvalidValue,
     RateLimitExceeded,
     ServerUnreachable,
     ShimmyError,
@@ -96,33 +97,29 @@ class HttpTransport:
         self.server = server
         self._labels = labels
         uds: Any = {"transport": httpx.HTTPTransport(uds=server.socket)} if server.socket else {}
-        self._client = httpx.Client(
-            headers={"Authorization": f"token {server.token}"} if server.token else {},
-            **reached(server),
-            **uds,
-        )
+        self._client = httpx.Client(headers=headers(server), **reached(server), **uds)
 
     def get(self, path: str) -> dict[str, Any]:
         return self._asked("GET", path)
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self._asked("POST", path, json=body)
+        return self._asked("POST", path, body)
 
     def put(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self._asked("PUT", path, json=body)
+        return self._asked("PUT", path, body)
 
     def delete(self, path: str) -> dict[str, Any]:
         return self._asked("DELETE", path)
 
-    def _asked(self, method: str, path: str, **more: Any) -> dict[str, Any]:
+    def _asked(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         # An answer, or a ledger's verification, takes as long as it takes.
         timeout = httpx.Timeout(30.0, read=None if method == "POST" else 30.0)
+        content = None if body is None else written(body)
         with unreachable():
             response = self._client.request(
-                method, path, timeout=timeout, headers=dict(self._labels()), **more
+                method, path, content=content, timeout=timeout, headers=dict(self._labels())
             )
-            check(response)
-            return dict(response.json())
+            return read(response)
 
     def fetch(self, path: str) -> Iterator[bytes]:
         with (
@@ -143,7 +140,15 @@ class HttpTransport:
             yield response.iter_bytes()
 
     def _sent(self, path: str, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
-        return self._client.stream("POST", path, json=body, headers=dict(self._labels()))
+        return self._client.stream(
+            "POST", path, content=written(body), headers=dict(self._labels())
+        )
+
+
+def headers(server: Server) -> dict[str, str]:
+    """Of every request, beside its labels."""
+    token = {"Authorization": f"token {server.token}"} if server.token else {}
+    return {"Content-Type": "application/json", **token}
 
 
 def reached(server: Server) -> dict[str, Any]:
@@ -191,6 +196,40 @@ def check(response: httpx.Response) -> None:
     if isinstance(error, RateLimitExceeded) and after.isdecimal():
         error.retry_after = float(after)
     raise error
+
+
+_NO_JSON = "the Jupyter server's answer is not JSON"
+
+
+def read(response: httpx.Response) -> dict[str, Any]:
+    """The answer's JSON. Raises as `check` does, and `ServerUnreachable` if it is none: a proxy's page."""
+    check(response)
+    try:
+        return dict(response.json())
+    except (ValueError, TypeError):
+        raise ServerUnreachable(_NO_JSON) from None
+
+
+def written(body: dict[str, Any]) -> bytes:
+    """A body as JSON. Raises `InvalidValue`, naming the field that cannot be written as such."""
+    try:
+        return _dump(body)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidValue(f"this cannot be written as JSON: {error}", param=_odd(body)) from None
+
+
+def _dump(value: Any) -> bytes:
+    # Half of a surrogate pair is no UTF-8, and infinity no JSON.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _odd(body: dict[str, Any]) -> str | None:
+    for name, value in body.items():
+        try:
+            _dump(value)
+        except (TypeError, ValueError, RecursionError):
+            return name
+    return None
 
 
 @contextlib.contextmanager
@@ -247,7 +286,10 @@ class Blocks:
             if data == b"[DONE]":
                 self.done = True
                 return
-            item = json.loads(data)
+            try:
+                item = json.loads(data)
+            except ValueError:
+                raise ServerUnreachable(_NO_JSON) from None
             if "error" in item:
                 raise _error(item)
             yield item

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ _MOST_CHARACTERS, _MOST_VALUES, _DEEPEST = 1 << 20, 1 << 16, 80
 _ROOM, _FIELDS = 1 << 14, 256
 """Characters and values of all that is not the request."""
 _NAME, _HEX = 256, frozenset("0123456789abcdef")
+_EXACT = 1 << 53
 _ENDS = ("stop", "length")
 _ASKED = frozenset(
     "messages stop logit_bias response_format grammar adapter thinking reasoning_effort"
@@ -42,6 +44,7 @@ _NUMBERS = (
 _SWITCHES = ("ignore_eos", "reproducible")
 PARAMETERS = (*_NUMBERS, *_SWITCHES, "seed")
 _T = TypeVar("_T")
+_Read = Callable[[object, str], _T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class Provenance:
     that was too long to be kept. `parameters` are those that had effect, a seed of None chance's.
 
     `request_sha256`, `answer_sha256` and `reasoning_sha256` are of texts in UTF-8, the request's as JSON
-    with sorted keys; `receipt` is the ledger's, `created` in seconds since 1970. `variable` is where the
+    with sorted keys, its numbers as JavaScript has them; `receipt` is the ledger's, `created` in seconds since 1970. `variable` is where the
     answer was put, and `origin` says which project has pinned the model.
     """
 
@@ -76,11 +79,16 @@ class Provenance:
         return self.parameters["temperature"] != 0 and self.parameters["seed"] is None
 
     def to_json(self) -> dict[str, Any]:
-        """For an output's metadata, under `KEY`. A request over `LARGEST` is left out."""
-        request = self.request
+        """For an output's metadata, under `KEY`. A request over `LARGEST` is left out; a seed that would be
+        rounded on its way through a browser is a text.
+        """
+        request, seed = self.request, self.parameters["seed"]
         if request is not None and len(_canonical(request)) > LARGEST:
             request = None
-        return {"version": VERSION, **asdict(replace(self, request=request))}
+        said = {"version": VERSION, **asdict(replace(self, request=request))}
+        if seed is not None and abs(seed) >= _EXACT:
+            said["parameters"] = {**self.parameters, "seed": str(seed)}
+        return said
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +113,14 @@ def digest(text: str) -> str:
 
 
 def _canonical(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    # A notebook's file is JavaScript's, to which 1.0 is 1, and which rounds what is over `_EXACT`.
+    found = json.loads(json.dumps(value), parse_int=_rounded, parse_float=_rounded)
+    return json.dumps(found, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _rounded(digits: str) -> int | float:
+    number = float(digits)
+    return int(number) if number.is_integer() else number
 
 
 def with_seed(body: dict[str, Any], draw: Callable[[int], int]) -> dict[str, Any]:
@@ -231,11 +246,8 @@ def _bounded(data: object) -> None:
         else:
             characters += len(value) if isinstance(value, str) else 0
             _plain(value)
-        if (
-            characters > _MOST_CHARACTERS
-            or values + len(waiting) > _MOST_VALUES
-            or depth > _DEEPEST
-        ):
+        too_many = values + len(waiting) > _MOST_VALUES
+        if characters > _MOST_CHARACTERS or too_many or depth > _DEEPEST:
             raise InvalidValue("this is larger than what an answer leaves behind", param=KEY)
 
 
@@ -250,7 +262,7 @@ def _plain(value: object) -> None:
         if not math.isfinite(value):
             raise InvalidValue("infinity and NaN are no numbers here", param=KEY)
     elif isinstance(value, int):
-        if not -(2**63) <= value < 2**63:
+        if abs(value) > 2**64:
             raise InvalidValue("a whole number has 64 bits at most", param=KEY)
     elif value is not None:
         raise InvalidValue(f"{type(value).__name__} is nothing of JSON's", param=KEY)
@@ -272,15 +284,13 @@ def _object(data: object, path: str, names: Collection[str]) -> dict[str, Any]:
     return data
 
 
-def _all(
-    read: Callable[[object, str], _T], data: object, path: str, shape: type[Any]
-) -> dict[str, _T]:
+def _all(read: _Read[_T], data: object, path: str, shape: type[Any]) -> dict[str, _T]:
     """An object with the fields of `shape`, each of them read so."""
     own = _object(data, path, {f.name for f in fields(shape)})
     return {name: read(value, f"{path}.{name}") for name, value in own.items()}
 
 
-def _optional(read: Callable[[object, str], _T], value: object, path: str) -> _T | None:
+def _optional(read: _Read[_T], value: object, path: str) -> _T | None:
     return None if value is None else read(value, path)
 
 
@@ -314,9 +324,7 @@ def _end(value: object) -> str:
     return str(value)
 
 
-def _several(
-    read: Callable[[object, str], str], value: object, path: str, *, empty: bool
-) -> tuple[str, ...]:
+def _several(read: _Read[str], value: object, path: str, *, empty: bool) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not (empty or value):
         raise _wrong(path, "a list")
     return tuple(read(one, f"{path}[{i}]") for i, one in enumerate(value))
@@ -325,10 +333,10 @@ def _several(
 def _made_by(data: object) -> MadeBy:
     own = _object(data, "made_by", {f.name for f in fields(MadeBy)})
 
-    def read(name: str, how: Callable[[object, str], _T]) -> _T:
+    def read(name: str, how: _Read[_T]) -> _T:
         return how(own[name], f"made_by.{name}")
 
-    def maybe(name: str, how: Callable[[object, str], _T]) -> _T | None:
+    def maybe(name: str, how: _Read[_T]) -> _T | None:
         return _optional(how, own[name], f"made_by.{name}")
 
     return MadeBy(
@@ -355,9 +363,12 @@ def _parameters(data: object) -> dict[str, int | float | bool | None]:
     for name in _SWITCHES:
         if not isinstance(own[name], bool):
             raise _wrong(f"parameters.{name}", "true or false")
-    if own["seed"] is not None and type(own["seed"]) is not int:
+    seed = own["seed"]
+    if isinstance(seed, str) and re.fullmatch("-?[0-9]{1,19}", seed, re.ASCII):
+        seed = int(seed)
+    if seed is not None and type(seed) is not int:
         raise _wrong("parameters.seed", "a whole number, or null,")
-    return dict(own)
+    return {**own, "seed": seed}
 
 
 def _request(data: object) -> dict[str, Any]:

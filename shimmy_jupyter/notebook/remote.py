@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
@@ -12,8 +11,7 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
-from ..errors import InvalidValue, ServerUnreachable
-from .client import Blocks, Server, check, reached, unreachable
+from .client import Blocks, Server, check, headers, reached, read, unreachable, written
 
 CONNECTIONS = 64
 """Requests under way at once; further ones wait here."""
@@ -49,11 +47,8 @@ class AsyncHttpTransport:
         uds: Any = {}
         if server.socket:
             uds = {"transport": httpx.AsyncHTTPTransport(uds=server.socket, limits=limits)}
-        headers = {"Content-Type": "application/json"}
-        if server.token:
-            headers["Authorization"] = f"token {server.token}"
         self._client = httpx.AsyncClient(
-            headers=headers, limits=limits, **{**reached(server), "timeout": _WORK}, **uds
+            headers=headers(server), limits=limits, **{**reached(server), "timeout": _WORK}, **uds
         )
 
     async def request(
@@ -68,11 +63,7 @@ class AsyncHttpTransport:
                 headers=dict(self._labels()),
                 timeout=_WORK if method == "POST" else _LOOK,
             )
-            check(response)
-        try:
-            return dict(response.json())
-        except (ValueError, TypeError):
-            raise ServerUnreachable("the Jupyter server's answer is not JSON") from None
+            return read(response)
 
     @contextlib.asynccontextmanager
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterable[bytes]]:
@@ -89,28 +80,6 @@ class AsyncHttpTransport:
     async def aclose(self) -> None:
         """Closing twice is fine."""
         await self._client.aclose()
-
-
-def written(body: dict[str, Any]) -> bytes:
-    """A body as JSON. Raises `InvalidValue`, naming the field that cannot be written as such."""
-    try:
-        return _dump(body)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidValue(f"this cannot be written as JSON: {error}", param=_odd(body)) from None
-
-
-def _dump(value: Any) -> bytes:
-    # Half of a surrogate pair is no UTF-8, and infinity no JSON.
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _odd(body: dict[str, Any]) -> str | None:
-    for name, value in body.items():
-        try:
-            _dump(value)
-        except (TypeError, ValueError, RecursionError):
-            return name
-    return None
 
 
 async def events(chunks: AsyncIterable[bytes]) -> AsyncIterator[dict[str, Any]]:

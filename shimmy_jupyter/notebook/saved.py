@@ -84,10 +84,12 @@ def answer_of(path: Path, which: str = "") -> Kept:
 
 
 def names_of(path: Path) -> list[str]:
-    """What `answer_of` finds answers by in a saved notebook; nothing where there is none."""
+    """What `answer_of` finds answers by in a saved notebook; nothing where there is none that can be read,
+    as a word of a prompt may be looked for among them.
+    """
     try:
         return names(list(_rows(_read(path))))
-    except NotFound:
+    except (NotFound, InvalidValue):
         return []
 
 

@@ -50,15 +50,19 @@ class Shape:
                 request_id=reply.request_id,
                 text=reply.text,
             )
+        return self.value(reply.text, reply.request_id)
+
+    def value(self, text: str, request_id: str | None = None) -> Any:
+        """Of an answer that is whole. Raises `AnswerInvalid`."""
         try:
-            return self.parse(reply.text)
+            return self.parse(text)
         except ValueError as error:
             field, reason = _why(error)
             raise AnswerInvalid(
                 f"the answer is not a valid {self.name}: {reason}",
                 param=field,
-                request_id=reply.request_id,
-                text=reply.text,
+                request_id=request_id,
+                text=text,
             ) from error
 
 

@@ -316,6 +316,12 @@ class TestStreams:
             request_id="r1", raw=stream.result.raw,
         )  # fmt: skip
 
+    async def test_an_answer_that_does_not_say_how_it_ended(self) -> None:
+        ask, _ = asker(events=[delta("a"), LAST, DONE])
+        stream = ask.stream("q")
+        assert [piece async for piece in stream.pieces()] == ["a"]
+        assert stream.result.finish_reason == "stopped"
+
     async def test_an_error_amid_it(self) -> None:
         shape = {"message": "m", "code": "queue_full", "param": None, "request_id": "r"}
         ask, sent = asker(events=[delta("a"), {"error": shape}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
+from decimal import Decimal
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,8 @@ from shimmy_jupyter.frames.cache import NAME, CacheWarning
 from shimmy_jupyter.frames.fill import Interrupted, Wiring
 from shimmy_jupyter.frames.progress import Html, Progress, Terminal, span
 from shimmy_jupyter.frames.run import Counts
+from shimmy_jupyter.notebook.asking import Asker
+from shimmy_jupyter.notebook.schemas import shape_of
 
 KINDS = {"pandas": pd.DataFrame, "polars": pl.DataFrame}
 
@@ -326,6 +331,10 @@ def person(name: str, **more) -> str:
     return json.dumps(made | more)
 
 
+class Priced(BaseModel):
+    price: Decimal
+
+
 class TestSchemas:
     def said(self, service) -> None:
         answers = {
@@ -403,6 +412,44 @@ class TestSchemas:
             column(found, "sizes")[0] if make is not pl.DataFrame else found["sizes"][0]
         ) == [1, 2]
 
+    def test_decimal_numbers_are_numbers(self, service, make) -> None:
+        service.structure = lambda kind: (shape_of(kind).schema, shape_of(kind).parse)
+        service.wiring = replace(service.wiring, structure=service.structure)
+        service.say = lambda text: '{"price": 1.5}'
+        found = mapped(make({"k": ["a"]}), "{k}", schema=Priced)
+        assert (column(found, "price"), column(found, "answer_error")) == ([1.5], [None])
+        service.say = lambda text: "[1.5, 2]"
+        found = mapped(make({"k": ["a"]}), "{k}", schema=list[Decimal])
+        assert list(found["answer"][0]) == [1.5, 2.0]
+
+    def test_what_a_type_refuses_is_said_with_its_field(self, service, make) -> None:
+        def structure(kind):
+            shape = shape_of(kind)
+            return shape.schema, shape.value
+
+        service.wiring = replace(service.wiring, structure=structure)
+        service.say = lambda text: person("nobody")
+        found = mapped(make({"k": ["a"]}), "{k}", schema=Person)
+        assert column(found, "answer_error") == [
+            "generation_failed: the answer is not a valid Person: Value error, nobody is no name (field 'name')"
+        ]
+
+    def test_half_a_character_is_one_rows_own(self, service, make) -> None:
+        schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+        service.say = lambda text: json.dumps({"a": "\ud800" if text.endswith("x") else "fine"})
+        found = mapped(make({"k": ["x", "y"]}), "{k}", schema=schema)
+        assert column(found, "a") == [None, "fine"]
+        said = "generation_failed: half of a surrogate pair is not a character"
+        assert column(found, "answer_error") == [said, None]
+
+    def test_a_list_is_its_rows_own(self, service) -> None:
+        service.say = lambda text: "[1, 2]"
+        schema = {"type": "array", "items": {"type": "integer"}}
+        found = mapped(pd.DataFrame({"a": ["x", "x"]}), "{a}", schema=schema)
+        assert len(service.bodies) == 1
+        found["answer"][0].append(3)
+        assert found["answer"][1] == [1, 2]
+
     def test_an_answer_cut_off_says_so(self, service, make) -> None:
         self.said(service)
         service.finish = "length"
@@ -421,6 +468,17 @@ class TestSchemas:
 
 
 class TestErrors:
+    def test_of_an_earlier_call_do_not_stay(self, service, make) -> None:
+        def say(text: str) -> str:
+            raise GenerationFailed("no")
+
+        service.say = say
+        first = mapped(make({"a": ["x"]}), "{a}")
+        assert column(first, "answer_error") == ["generation_failed: no"]
+        service.say = lambda text: "yes"
+        found = mapped(first, "{a}", errors="raise")
+        assert (column(found, "answer"), column(found, "answer_error")) == (["yes"], [None])
+
     def test_of_a_row_stand_beside_it(self, service, make) -> None:
         def say(text: str) -> str:
             if text == "y":
@@ -516,6 +574,22 @@ class TestGoingOn:
         assert errors[-1] == "cancelled: it ended before this row was answered"
         assert "2 of 6 rows" in str(stopped) or "3 of 6 rows" in str(stopped)
         assert stopped._render_traceback_() == [f"KeyboardInterrupt: {stopped}"]
+
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_what_is_said_of_going_on_is_so(self, service, make, cached: bool) -> None:
+        said = str(self.interrupted(service, make({"a": list("uvwxyz")}), 3, cache=cached))
+        assert said.endswith(
+            "rows are done: the same call goes on from the cache, and shimmy.frames.last() is the frame so far"
+            if cached
+            else "rows are done: shimmy.frames.last() is the frame so far, to go on from by resume="
+        )
+
+    def test_a_cache_that_failed_is_nothing_to_go_on_from(self, service, make) -> None:
+        service.wiring.folder.mkdir(mode=0o755)
+        service.wiring.folder.chmod(0o755)
+        with pytest.warns(CacheWarning):
+            stopped = self.interrupted(service, make({"a": list("uvwxyz")}), 3)
+        assert str(stopped).endswith("to go on from by resume=")
 
     def test_a_frame_can_be_gone_on_with_without_a_cache(self, service, make) -> None:
         frame = make({"a": list("uvwxyz")})
@@ -656,6 +730,28 @@ class TestCache:
         assert column(found, "answer") == ["x!", "x!"]
         assert service.asked == ["x"]
 
+    @pytest.mark.parametrize("unknown", ["m", "lora"])
+    def test_and_one_that_nobody_knows(self, service, make, tmp_path, unknown: str) -> None:
+        async def identity(name: str) -> str:
+            return "" if name == unknown else name
+
+        service.wiring = replace(service.wiring, identity=identity)
+        with pytest.warns(CacheWarning, match="nobody can tell what the model's bytes are"):
+            mapped(make({"a": ["x"]}), "{a}", model="m", adapter="lora")
+        assert not (tmp_path / "cache").exists()
+
+    def test_an_adapters_bytes_count(self, service, make) -> None:
+        bytes_of = {"m": "1", "lora": "2"}
+
+        async def identity(name: str) -> str:
+            return bytes_of[name]
+
+        service.wiring = replace(service.wiring, identity=identity)
+        for given in ("2", "2", "3"):
+            bytes_of["lora"] = given
+            mapped(make({"a": ["x"]}), "{a}", model="m", adapter="lora")
+        assert len(service.bodies) == 2
+
     def test_an_answer_that_fits_no_longer_is_an_error(self, service, make, tmp_path) -> None:
         frame = make({"a": ["x"]})
         frame.shimmy.embed("a", progress=False)
@@ -695,6 +791,30 @@ class TestEmbed:
             found = make({"a": ["x", "yy"]}).shimmy.embed("a", progress=False)
         assert len(service.embedded) == 1
         assert list(found["embedding"][1]) == [2, 0.5]
+
+    def test_one_that_the_kernel_refuses_does_not_spoil_the_others(self, service, make) -> None:
+        async def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
+            service.embedded.append(body["input"])
+            vector = base64.b64encode(np.array([1.0, 0.5], np.float32).tobytes()).decode()
+            return {"data": [{"embedding": vector} for _ in body["input"]]}
+
+        asker = Asker(lambda: pytest.fail("nothing else is asked"))
+        asker.post = post  # type: ignore[method-assign]
+
+        async def embed(texts: list[str]):
+            return await asker.embed(texts, model="m")
+
+        service.wiring = replace(service.wiring, embed=lambda model: embed)
+        found = make({"a": ["x", "", "z"]}).shimmy.embed("a", progress=False)
+        assert [v is None for v in found["embedding"].to_list()] == [False, True, False]
+        said = "invalid_value: an empty text has no vector"
+        assert column(found, "embedding_error") == [None, said, None]
+
+    def test_a_vector_is_its_rows_own(self, service) -> None:
+        found = pd.DataFrame({"a": ["x", "x"]}).shimmy.embed("a", progress=False)
+        assert service.embedded == [["x"]]
+        found["embedding"][0][:] = 0
+        assert list(found["embedding"][1]) == [1, 0.5]
 
     def test_another_width_is_an_error(self, service, make) -> None:
         async def embed(texts):
@@ -759,6 +879,7 @@ class TestSeries:
         service.say = lambda text: person("x")
         with pytest.raises(InvalidValue, match="map the frame"):
             pd.Series(["x"]).shimmy.map("{value}", progress=False, **more)
+        assert service.bodies == []
 
 
 class TestRegistration:
@@ -792,6 +913,17 @@ class TestRegistration:
             "import importlib.util, sys\nfrom shimmy_jupyter import frames\n"
             "frames.register(lambda: None)\nassert importlib.util.find_spec('polars') is not None\n"
             "assert importlib.util.find_spec('no_such_module') is None\nassert 'polars' not in sys.modules\n"
+            "import polars\nassert polars.DataFrame.shimmy\n"
+        )
+
+    def test_its_files_are_found_as_ever(self) -> None:
+        self.run(
+            "import copy, importlib.util, pkgutil, sys\nfrom shimmy_jupyter import frames\n"
+            "frames.register(lambda: None)\nloader = importlib.util.find_spec('polars').loader\n"
+            "assert loader.get_filename('polars').endswith('.py') and loader.is_package('polars')\n"
+            "assert not hasattr(loader, 'no_such_thing') and copy.copy(loader)\n"
+            "assert 'polars' not in sys.modules\n"
+            "assert b'polars' in pkgutil.get_data('polars', '__init__.py')\n"
             "import polars\nassert polars.DataFrame.shimmy\n"
         )
 

@@ -6,8 +6,11 @@ import datetime as dt
 import enum
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -357,6 +360,7 @@ class TestValues:
             (3.0, INTEGER, 3),
             (-(1 << 63), INTEGER, -(1 << 63)),
             (3, NUMBER, 3.0),
+            ("-1.50", NUMBER, -1.5),
             (None, INTEGER, None),
             ([1.0, None], Kind("list", (("", INTEGER),)), [1, None]),
             ({"a": "x", "z": 1}, Kind("record", (("a", TEXT), ("b", TEXT))), {"a": "x", "b": None}),
@@ -378,6 +382,9 @@ class TestValues:
             (10**400, NUMBER),
             (math.inf, INTEGER),
             (math.nan, INTEGER),
+            ("one", NUMBER),
+            ("inf", NUMBER),
+            ("1", INTEGER),
             (3, TEXT),
             (1, BOOLEAN),
             ({}, Kind("list", (("", TEXT),))),
@@ -417,6 +424,31 @@ class TestValues:
         point = Point(1, Colour.RED, (dt.date(2026, 1, 2),))
         assert plain([point]) == [{"x": 1, "colour": "red", "days": ["2026-01-02"]}]
         assert plain({"m": Aliased(theA=1), 2: {None}}) == {"m": {"theA": 1}, "2": [None]}
+
+    def test_a_dataclass_is_written_as_a_model_is(self) -> None:
+        @dataclass
+        class Talk:
+            price: Decimal
+            title: bytes
+            takes: dt.timedelta
+            more: Mapping[str, int]
+            where: Path
+
+        talk = Talk(
+            Decimal("1.50"),
+            b"\xc3\xa9",
+            dt.timedelta(days=1),
+            MappingProxyType({"a": 1}),
+            Path("x"),
+        )
+        assert plain(talk) == {
+            "price": "1.50", "title": "é", "takes": "P1D", "more": {"a": 1}, "where": "x",
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("value", ["\ud800", {"a": [{"b": "x\udfff"}]}, {"\udc00": 1}])
+    def test_half_of_a_surrogate_pair_is_for_no_column(self, value) -> None:
+        with pytest.raises(ValueError, match="surrogate pair is not a character"):
+            plain(value)
 
 
 class TestTable:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,7 +31,7 @@ from shimmy_jupyter.errors import AccessDenied, Misconfigured, RateLimitExceeded
 from shimmy_jupyter.notebook.panel import messages as m
 from shimmy_jupyter.notebook.panel import panel, text
 from shimmy_jupyter.notebook.panel.chart import bars
-from shimmy_jupyter.notebook.panel.fetched import Failed, Idle, Pending, Problem
+from shimmy_jupyter.notebook.panel.fetched import Failed, Idle, Pending, Problem, Ready
 from shimmy_jupyter.notebook.panel.records import Head, Usage, UsageRow, Verdict
 from shimmy_jupyter.notebook.panel.state import SECTIONS, Answer, Figures, Limit, Rate
 from shimmy_jupyter.notebook.panel.turn import IDLE_SECONDS
@@ -287,6 +288,12 @@ class TestControls:
         assert ">5 GB</td>" in desk.panel.live.health.value
         assert ">unload</td>" in desk.panel.live.health.value
         assert "None of your requests waits." in desk.panel.live.queue.value
+        failed = replace(desk.panel.state, limits=Failed(Problem("server_unreachable", "gone")))
+        desk.panel.live.show(failed)
+        assert desk.panel.live.queue.value == text.failed(Problem("server_unreachable", "gone"))
+        waiting = Ready(replace(desk.panel.state.limits.value, queue_position=1))
+        desk.panel.live.show(replace(desk.panel.state, limits=waiting))
+        assert "1 request before the first of yours" in desk.panel.live.queue.value
         desk.stream(chunk("x"), *end())
         desk.panel.ask.prompt.value = "hi"
         desk.press(desk.panel.ask.ask)

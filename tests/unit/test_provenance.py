@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -224,11 +225,58 @@ def provenances(draw: st.DrawFn) -> Provenance:
     return found if draw(st.booleans()) else replace(found, request=None)
 
 
+def saved_by_a_browser(data: dict[str, Any]) -> dict[str, Any]:
+    """As JavaScript reads JSON and writes it again: every number is a double, in the fewest digits."""
+
+    def number(digits: str) -> int | float:
+        read = float(digits)
+        return int(Decimal(repr(read))) if read.is_integer() and abs(read) < 1e21 else read
+
+    found: dict[str, Any] = json.loads(json.dumps(data), parse_int=number, parse_float=number)
+    return found
+
+
 class TestThereAndBack:
     @given(provenances())
     def test_through_json(self, before: Provenance) -> None:
         assert from_json(before.to_json()) == before
         assert from_json(json.loads(json.dumps(before.to_json()))) == before
+
+    @given(provenances())
+    def test_through_a_notebook_that_a_browser_saves(self, before: Provenance) -> None:
+        found = from_json(saved_by_a_browser(before.to_json()))
+        assert found.request_sha256 == before.request_sha256
+        assert found.parameters["seed"] == before.parameters["seed"]
+        assert (found.request is None) == (before.request is None)
+
+    def test_a_schema_with_bounds(self) -> None:
+        bounds = {"minimum": 0.0, "maximum": 2**63 - 1, "multipleOf": 0.1}
+        found = made(body={**BODY, "response_format": bounds, "seed": 2**63 - 1})
+        back = from_json(saved_by_a_browser(found.to_json()))
+        assert back.request is not None
+        assert back.request["response_format"]["multipleOf"] == 0.1
+
+    def test_a_request_that_was_edited_is_another_one_still(self) -> None:
+        said = saved_by_a_browser(made(body={**BODY, "logit_bias": {"5": 1.0}}).to_json())
+        assert from_json(said).request == {**made().request, "logit_bias": {"5": 1}}
+        said["request"]["logit_bias"]["5"] = 1.5
+        with pytest.raises(InvalidValue, match="not the request"):
+            from_json(said)
+
+    def test_a_seed_is_not_rounded(self) -> None:
+        exact = {
+            s: changed(LAST, "shimmy.parameters.seed", s) for s in (2**53 - 1, 2**53, -(2**63))
+        }
+        said = {
+            seed: made(last=last).to_json()["parameters"]["seed"] for seed, last in exact.items()
+        }
+        assert said == {2**53 - 1: 2**53 - 1, 2**53: str(2**53), -(2**63): str(-(2**63))}
+
+    @pytest.mark.parametrize("seed", ["", "x", "1.5", "+1", " 1", "1" * 20, "\u0661", "1\n", "--1"])
+    def test_a_text_that_is_no_seed(self, seed: str) -> None:
+        with pytest.raises(InvalidValue) as caught:
+            from_json(changed(made().to_json(), "parameters.seed", seed))
+        assert caught.value.param == "parameters.seed"
 
     @pytest.mark.parametrize(("most", "kept"), [(0, True), (1, False)])
     def test_as_long_a_request_as_a_notebook_keeps(self, most: int, kept: bool) -> None:
@@ -365,8 +413,8 @@ class TestFromAStranger:
         [
             (float("nan"), "no numbers"),
             (float("-inf"), "no numbers"),
-            (2**63, "64 bits"),
-            (-(2**63) - 1, "64 bits"),
+            (2**64 + 1, "64 bits"),
+            (-(2**64) - 1, "64 bits"),
             ("\ud800", "surrogate"),
             ({1: 2}, "keys"),
             ({"\udfff": 2}, "surrogate"),

@@ -338,6 +338,37 @@ class TestConnection:
         await connection.aclose()
 
 
+async def test_the_synchronous_client_raises_the_same_errors() -> None:
+    page = b"<html>\n\n<p>Sign in</p>\n\n</html>"
+    async with playing(said(200, page)) as (played, _):
+
+        def ask() -> list[str]:
+            transport = HttpTransport(played.server)
+            try:
+                with pytest.raises(ServerUnreachable, match="is not JSON"):
+                    transport.get("shimmy/api/models")
+                assert len(played.asked) == 1
+                for value in (float("nan"), "\udc80", object()):
+                    with pytest.raises(InvalidValue) as caught:
+                        transport.post("x", {"fine": 0, "odd": value})
+                    assert caught.value.param == "odd"
+                    with pytest.raises(InvalidValue), transport.stream("x", {"odd": value}):
+                        pytest.fail("it is not sent")
+                with (
+                    transport.stream("x", {}) as chunks,
+                    pytest.raises(ServerUnreachable) as caught,
+                ):
+                    list(client.events(chunks))
+                return [caught.value.message, transport._client.headers["content-type"]]
+            finally:
+                transport._client.close()
+
+        assert await asyncio.to_thread(ask) == [
+            "the Jupyter server's answer is not JSON", "application/json",
+        ]  # fmt: skip
+    assert len(played.asked) == 2
+
+
 async def test_the_synchronous_client_puts() -> None:
     async with playing(said(200, {"ok": 1})) as (played, _):
 

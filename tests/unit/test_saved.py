@@ -95,6 +95,11 @@ class TestWhich:
     def test_no_names_where_there_is_no_notebook(self, tmp_path: Path) -> None:
         assert names_of(tmp_path / "none.ipynb") == names_of(tmp_path / "a.txt") == []
 
+    def test_nor_where_it_cannot_be_read(self, tmp_path: Path) -> None:
+        path = tmp_path / "bad.ipynb"
+        path.write_text('{"cells": [')
+        assert names_of(path) == []
+
     def test_none_at_all(self, tmp_path: Path) -> None:
         with pytest.raises(NotFound) as caught:
             answer_of(write(tmp_path, cell(1, "a", PLAIN)))

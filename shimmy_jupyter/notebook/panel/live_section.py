@@ -15,6 +15,12 @@ _MISSING = (
 )
 
 
+def _waiting(place: int | None) -> str:
+    if place is None:
+        return "None of your requests waits."
+    return f"{text.several(place, 'request')} before the first of yours that waits."
+
+
 class LiveSection:
     title = "Live"
 
@@ -35,10 +41,10 @@ class LiveSection:
             )
         if self._seen.new("queue", state.limits):
             limits = ready(state.limits)
-            place = limits.queue_position if limits is not None else None
-            self.queue.value = paragraph(
-                "None of your requests waits." if place is None
-                else f"{place} requests go before the first of yours that waits."
-            )  # fmt: skip
+            self.queue.value = (
+                text.unready(state.limits, "Your place in the queue")
+                if limits is None
+                else paragraph(_waiting(limits.queue_position))
+            )
         if self._seen.new("rates", state.rates):
             self.rates.value = text.rates(state.rates)
