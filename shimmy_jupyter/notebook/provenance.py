@@ -262,7 +262,7 @@ def _plain(value: object) -> None:
         if not math.isfinite(value):
             raise InvalidValue("infinity and NaN are no numbers here", param=KEY)
     elif isinstance(value, int):
-        if abs(value) > 2**64:
+        if abs(value) > 18446744073709552000:  # 2**64, as a browser writes it
             raise InvalidValue("a whole number has 64 bits at most", param=KEY)
     elif value is not None:
         raise InvalidValue(f"{type(value).__name__} is nothing of JSON's", param=KEY)
