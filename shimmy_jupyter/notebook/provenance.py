@@ -262,8 +262,8 @@ def _plain(value: object) -> None:
         if not math.isfinite(value):
             raise InvalidValue("infinity and NaN are no numbers here", param=KEY)
     elif isinstance(value, int):
-        if abs(value) > 18446744073709552000:  # 2**64, as a browser writes it
-            raise InvalidValue("a whole number has 64 bits at most", param=KEY)
+        if abs(value) >= 10**21:  # a browser writes 1e20 as a whole number
+            raise InvalidValue("a whole number has 21 digits at most", param=KEY)
     elif value is not None:
         raise InvalidValue(f"{type(value).__name__} is nothing of JSON's", param=KEY)
 
