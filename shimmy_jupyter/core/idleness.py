@@ -12,7 +12,9 @@ the rows of a table. So the second price is by how often that has been so for th
 
 from __future__ import annotations
 
-from .prefix import Owner
+from collections import deque
+
+from .prefix import Owner, Tokens
 
 IDLE_ROWS = 128
 """Of a small model a cell costs each row 0.3 µs, and to be moved out and back 20 to 80 µs."""
@@ -29,6 +31,8 @@ class Idleness:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self._worth: dict[Owner, float] = {}
+        self._gone: dict[Owner, deque[tuple[int, int]]] = {}
+        """Of what was dropped last: half its length, and a hash of that half."""
 
     def left(self, owner: Owner) -> None:
         """A sequence has ended, and what it computed is kept."""
@@ -37,6 +41,22 @@ class Idleness:
     def taken_up(self, owner: Owner) -> None:
         """Another goes on from most of it."""
         self._set(owner, self.worth(owner) + _TAKEN_UP * (1 - self.worth(owner)))
+
+    def dropped(self, owner: Owner, tokens: Tokens) -> None:
+        """Who asks for it again tells as much as if it were still there; else nothing ever could."""
+        half = len(tokens) // 2
+        self._gone.setdefault(owner, deque(maxlen=8)).append((half, hash(tokens[:half])))
+        if len(self._gone) > _OWNERS:
+            del self._gone[next(iter(self._gone))]
+
+    def asked(self, owner: Owner, prompt: Tokens) -> None:
+        """A prompt has come, perhaps for something that was dropped."""
+        gone = self._gone.get(owner, deque())
+        for size, beginning in gone:
+            if len(prompt) > size and hash(prompt[:size]) == beginning:
+                gone.remove((size, beginning))
+                self.taken_up(owner)
+                return
 
     def worth(self, owner: Owner) -> float:
         """From 0 to 1: of what the owner leaves, how much is taken up again. 1 until something is known."""

@@ -31,6 +31,8 @@ _MARGINAL = 0.4
 """What a further row adds to the time of one, until a second number of rows has been seen."""
 _FRESH = 512
 """Steps for which a time of rows alone is trusted more than what prompts are said to take."""
+_STALE = 64
+"""Slices after which a kind that was not chosen is taken to be like one that was, and so tried again."""
 _LEAST = 4
 """Tokens of a prompt that go into a step in any case."""
 _PROMPT_SHARE = 1.0
@@ -54,6 +56,8 @@ class _Line:
 
     def __init__(self, guess: float) -> None:
         self.slope, self.base = guess, 0.0
+        self.at = 0
+        """The slice that it was last of use for."""
         self._sums = [0.0] * 5  # of weights, x, y, x·x, x·y
 
     def add(self, tokens: int, seconds: float) -> None:
@@ -73,8 +77,17 @@ class _Line:
     def seconds(self, tokens: int) -> float:
         return self.base + self.slope * tokens
 
-    def rate(self, tokens: int) -> float:
-        return tokens / self.seconds(tokens)
+    def rate(self, tokens: int, beside: float) -> float:
+        """Tokens in a second of such slices and of the rows between or beside them."""
+        return tokens / (self.seconds(tokens) + beside)
+
+    def other(self, seconds: float) -> _Line:
+        """What takes so much longer, or less, at what was measured lately."""
+        n, _, y, *_ = self._sums
+        factor = max(0.5, 1 + seconds * n / y) if y else 1.0
+        line = _Line(self.slope * factor)
+        line.base = self.base * factor
+        return line
 
 
 class Pace:
@@ -98,6 +111,8 @@ class Pace:
         """Seconds of so many rows, also where they were only ever seen beside prompts."""
         self._threads = 1
         self._steps = 0
+        self._read = 0
+        """Slices so far."""
 
     def observe(self, rows: int, prompt: int, seconds: float, threads: int) -> None:
         """A step of `rows` decoding sequences and `prompt` tokens of prompts."""
@@ -112,7 +127,10 @@ class Pace:
             self._beside.setdefault(threads, {})[rows] = mean
             return
         kind = threads, rows > 0, rows + prompt >= TILE
+        self._read += 1
         line = self._slices.get(kind)
+        if line is not None:
+            line.at = self._read
         if line is not None and rows and (known is None or self._steps - known[1] > _FRESH):
             # What is known less well takes the blame.
             alone = max(seconds - line.seconds(prompt), 0.2 * seconds)
@@ -121,6 +139,7 @@ class Pace:
             self._beside.setdefault(threads, {})[rows] = mean
             return
         line = self._slices.setdefault(kind, _Line(self._guess))
+        line.at = self._read
         # Never free: a step that was quicker than its rows alone tells of noise.
         line.add(prompt, max(seconds - (self._time(rows) or 0.0), 0.2 * seconds))
 
@@ -154,21 +173,23 @@ class Pace:
             _PROMPT_SHARE * beside,
         )
         most = self._batch_tokens - rows
-        if self._line(together=True, tiled=True).tokens(room) >= most:
+        # Where whole batches are read alone, only their own time is measured.
+        if all(self._line(together=one, tiled=True).tokens(room) >= most for one in (True, False)):
             return Slice(most, together=False)
         found: list[tuple[float, Slice]] = []
         for together in (True, False):
             in_batch = rows if together else 0
             line = self._line(together=together, tiled=False)
             few = min(line.tokens(room), TILE - 1 - in_batch)
-            found.append((line.rate(max(few, 1)), Slice(few, together)))
+            found.append((line.rate(max(few, 1), beside), Slice(few, together)))
             line = self._line(together=together, tiled=True)
             tiles = (min(line.tokens(room), most) + in_batch) // TILE * TILE - in_batch
-            found.append((line.rate(max(tiles, 1)), Slice(tiles, together)))
+            found.append((line.rate(max(tiles, 1), beside), Slice(tiles, together)))
         possible = [(rate, one) for rate, one in found if one.tokens >= _LEAST]
         if not possible:
             return Slice(min(_LEAST, most), together=True)
-        return max(possible, key=lambda known: known[0])[1]
+        # In doubt together: who decodes then waits for one step, not for two.
+        return max(possible, key=lambda one: one[0] * (_HYSTERESIS if one[1].together else 1))[1]
 
     def _alone(self, room: float) -> int:
         """Tokens for a step that nobody else waits for."""
@@ -178,12 +199,20 @@ class Pace:
         return min(max(min(tiles, most) // TILE * TILE, few, _LEAST), most)
 
     def _line(self, *, together: bool, tiled: bool) -> _Line:
-        """What has not been measured takes as long as what differs least from it."""
-        for kind in ((together, tiled), (together, not tiled), (not together, tiled)):
-            line = self._slices.get((self._threads, *kind))
-            if line is not None:
-                return line
-        return self._slices.get((self._threads, not together, not tiled)) or _Line(self._guess)
+        """What has not been measured lately takes as long as what differs least from it. Beside rows
+        the weights are read anyway.
+        """
+        kinds = [(one, of) for one in (together, not together) for of in (tiled, not tiled)]
+        known = [
+            (one, line) for one, of in kinds if (line := self._slices.get((self._threads, one, of)))
+        ]
+        if not known:
+            return _Line(self._guess)
+        fresh = (pair for pair in known if self._read - pair[1].at <= _STALE)
+        company, line = next(fresh, None) or max(known, key=lambda pair: pair[1].at)
+        if company is together:
+            return line
+        return line.other((self._time(1) or 0.0) * (-1 if together else 1))
 
     def _time(self, rows: int) -> float | None:
         """Of a step with so many rows, on a straight line through the nearest known numbers."""

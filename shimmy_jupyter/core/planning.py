@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from . import messages as m
 from .line import Line
-from .pace import TILE, Pace
+from .pace import TILE, Pace, Slice
 from .sequence import Sequence, State
 
 PRIVATE_SLICE = 32
@@ -32,7 +32,8 @@ class Planner:
         self._admitted = admitted
         self._turn = 0
         self._last_was_private = False
-        self._last_was_prompt = False
+        self._prompted: set[str] = set()
+        """Adapters whose last step was a prompt's: with each, prompts and decoding take turns."""
         self._adapters: dict[str, int] = {}
         """When each adapter last had a step, of those that have something to do."""
         self._owed = 0.0
@@ -81,20 +82,27 @@ class Planner:
         ready = [s for s in running if s.state is State.DECODE]
         reading = sum(s.state is State.PREFILL for s in running)
         most = self._capacity.batch_tokens - len(ready)
-        piece = self._pace.prompt_slice(len(ready), reading + self._line.could_begin())
+        waiting = reading + self._line.could_begin()
+        piece = (
+            self._pace.prompt_slice(len(ready), waiting) if waiting else Slice(0, together=False)
+        )
         # How a prompt is cut changes sums, and is not to depend on others where each has its own cache.
         room = min(piece.tokens, most) if self._capacity.can_copy else most
         binds = room < most
         together = binds and piece.together
-        if ready and not together and self._last_was_prompt:
+        if ready and not together and adapter in self._prompted:
             prompts: list[m.Row] = []
         else:
             prompts = list(self._prompts(adapter, room, now, out, together=binds))
-        self._last_was_prompt = bool(prompts)
+        self._prompted.discard(adapter)
+        if prompts:
+            self._prompted.add(adapter)
         if not prompts:
             if len(ready) == 1 and not reading:
                 return [self._decode_row(ready[0], self._guesses(ready[0]))]
-            return [self._decode_row(s) for s in self._whose_turn(ready)]
+            # Between two slices each has its turn: in the time of all rows a prompt was read.
+            turn = ready if reading and len(ready) < TILE else self._whose_turn(ready)
+            return [self._decode_row(s) for s in turn]
         return [*(self._decode_row(s) for s in ready if together), *prompts]
 
     def _adapter(self) -> str:
@@ -106,6 +114,7 @@ class Planner:
             found.add(fresh.adapter)
         adapter = min(found, key=lambda one: (self._adapters.get(one, 0), one), default="")
         self._adapters = {one: self._adapters.get(one, 0) for one in found} if found else {}
+        self._prompted &= found
         self._adapters[adapter] = self._turn + 1
         return adapter
 

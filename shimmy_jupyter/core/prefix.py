@@ -6,6 +6,7 @@ public; a cache shared further would tell one user what another has asked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ Tokens = tuple[int, ...]
 Owner = tuple[str, str]
 """A principal and an adapter: with another adapter the same tokens have other keys and values."""
 
+_SAME = 0.99
+"""Of an entry: what has to be elsewhere, too. To compute the rest costs as much as to move all of it."""
 MIN_SHARED = 32
 """Fewer tokens are not worth looking after."""
 
@@ -98,10 +101,15 @@ class PrefixCache:
 
     def is_elsewhere(self, entry: Entry) -> bool:
         """Whether nearly all of it is in another entry of the same owner too."""
+        size = entry.size if self._whole else math.ceil(_SAME * entry.size)
+        head = entry.tokens[:size]
         return any(
-            common(entry.tokens, other.tokens) >= 0.9 * entry.size
+            other.size >= size
+            and other.tokens[size - 1] == head[-1]
+            and other is not entry
+            and other.owner == entry.owner
+            and other.tokens[:size] == head
             for other in self._all()
-            if other is not entry and other.owner == entry.owner
         )
 
     def match(

@@ -82,6 +82,7 @@ class Room:
     def place(self, sequence: Sequence) -> list[m.Instruction]:
         """Give a slot and KV room, with as much of the prompt as is there already."""
         match = None
+        self.idleness.asked(sequence.owner, sequence.prompt)
         if not sequence.scores_prompt:
             match = self.prefixes.match(sequence.prompt, sequence.owner, self._live())
         if match is not None and not self._usable(match, sequence):
@@ -93,7 +94,8 @@ class Room:
             self._make_room(sequence.reserved, None, out)
         else:
             source = match.entry if match is not None else None
-            self._make_room(sequence.reserved, source, out)
+            whole = source.size if match is not None and match.saved and source is not None else 0
+            self._make_room(max(sequence.reserved, whole), source, out)
             sequence.slot = self._empty_slot(source, out)
         if match is not None:
             self.prefixes.touch(match)
@@ -121,14 +123,20 @@ class Room:
 
     def move_out(self, out: list[m.Instruction]) -> None:
         """Move what has lain idle for too long to host memory, where there is room, or drop it."""
-        if self.computed < self._look_at:
+        if not self.idleness.rows or self.computed < self._look_at:
             return
         self._look_at = self.computed + self.idleness.rows // 4  # to look costs something, too
+        left = self.capacity.batch_tokens
         for entry in list(self.prefixes.kept.values()):
             idle = self.computed - entry.since
-            if self.idleness.to_drop(entry.owner, idle) or (
-                self.idleness.to_move(idle) and self._save(entry, out, None, self._is_over)
-            ):
+            if not self.idleness.to_move(idle):
+                continue
+            moved = left > 0 and self._save(entry, out, None, self._is_over)
+            left = left - entry.size if moved else 0
+            if moved:
+                self.free_slots.append(self._drop(entry, out))
+            elif self.idleness.to_drop(entry.owner, idle):
+                self.idleness.dropped(entry.owner, entry.tokens)
                 self.free_slots.append(self._drop(entry, out))
 
     def _is_over(self, entry: Entry) -> bool:
@@ -150,13 +158,21 @@ class Room:
         needed = source.size if source is not None and source in saved.values() else 0
         if entry.size + needed > cap:
             return False
-        while self.prefixes.saved_tokens + entry.size > cap:
-            stalest = self._stalest(saved, source)
-            assert stalest is not None, "all but what is needed can go"
-            if not may_go(stalest):
-                return False
-            del saved[stalest.place]
-            out.append(m.DropSaved(stalest.place))
+        over, going = self.prefixes.saved_tokens + entry.size - cap, []
+        if over > 0:
+            for other in sorted(
+                (o for o in saved.values() if o is not source and may_go(o)),
+                key=lambda o: (-self._stale(o), o.used),
+            ):
+                going.append(other)
+                over -= other.size
+                if over <= 0:
+                    break
+        if over > 0:
+            return False
+        for other in going:
+            del saved[other.place]
+            out.append(m.DropSaved(other.place))
         out.append(m.SaveSlot(entry.place, self.prefixes.save(entry).place))
         return True
 
@@ -180,8 +196,8 @@ class Room:
             return True
         left = self.capacity.kv_tokens - self.reserved_tokens
         if match.saved:
-            # It is restored whole before it is cut short, within what is reserved.
-            return match.entry.size <= sequence.reserved
+            # It is restored whole before it is cut short.
+            return match.entry.size <= left
         spare_slot = len(self.running) + 1 < self.capacity.slots
         return (
             self.capacity.can_copy and spare_slot and match.entry.size + sequence.reserved <= left

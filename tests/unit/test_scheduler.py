@@ -223,8 +223,8 @@ class TestCompany:
         def seconds(rows: int, prompt: int) -> float:
             return 0.02 + 0.01 * rows + (0.02 if rows else 0.004) * prompt
 
-        steps = paced(self.start(seconds), seconds, 14)
-        assert [rows for rows, _ in steps[6:]] == [0, 12] * 4
+        steps = paced(self.start(seconds), seconds, 10)
+        assert [rows for rows, _ in steps[6:]] == [0, 12] * 2
         assert all((prompt >= 32) == (rows == 0) for rows, prompt in steps[6:])
 
     def test_never_a_full_tile_that_takes_longer_than_two_steps(self) -> None:
