@@ -65,7 +65,7 @@ class Transport(HttpTransport):
         self._client.headers["X-Test-User"] = who
 
     def put(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self._asked("PUT", path, json=body)
+        return self._asked("PUT", path, body)
 
     def close(self) -> None:
         self._client.close()
