@@ -167,6 +167,8 @@ def fill(frame: Frame, wiring: Wiring, options: Options, task: Task) -> Any:
     try:
         wiring.run(work)
     except BaseException as error:
+        if isinstance(error, AccessDenied):
+            heard.clear()  # whoever may not ask has no use for what the cache lacks
         _State.last = partial = frame.filled(task.layout, table, errors=True)
         progress.end(_note(error))
         if isinstance(error, KeyboardInterrupt):
