@@ -18,11 +18,12 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or newer is needed; $(PYTHON) is {v[0]}.{v[1]}. Try make PYTHON=python3.12" if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-# The engine first and by itself: the one long step, and only once.
+# The engine first and by itself: the one long step, and only once. The header is for processors with AMX.
 $(VENV)/.engine: | $(BIN)/python
 	@echo "Installing llama-cpp-python. Without a wheel for this machine it compiles llama.cpp:"
 	@echo "about 4 minutes on 2 cores, once. LLAMA_WHEEL=FILE installs a prebuilt one."
-	$(BIN)/python -m pip install $(or $(LLAMA_WHEEL),llama-cpp-python==0.3.36)
+	CXXFLAGS="-include $(CURDIR)/shimmy_jupyter/engine/llama/amx_tiles.h $$CXXFLAGS" \
+		$(BIN)/python -m pip install $(or $(LLAMA_WHEEL),llama-cpp-python==0.3.36)
 	@touch $@
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/.engine

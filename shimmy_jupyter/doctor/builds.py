@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
@@ -20,6 +23,7 @@ _CPUINFO = {
     "NEON": "asimd", "DOTPROD": "asimddp", "MATMUL_INT8": "i8mm", "SVE": "sve", "SME": "sme",
 }  # fmt: skip
 """What llama.cpp calls an instruction set, and what Linux does."""
+_AMX_HEADER = Path(__file__).parents[1] / "engine" / "llama" / "amx_tiles.h"
 _GPU_BUILDS = {"an NVIDIA GPU": "-DGGML_CUDA=on", "an AMD GPU": "-DGGML_VULKAN=on"}
 
 
@@ -90,6 +94,12 @@ def processor(look: Machine, build: Build) -> Check:
     if lacking:
         detail = f"the engine was built to use {', '.join(lacking)}, which this processor lacks"
         return Check(name, "fail", detail, f"build it on this machine: {_reinstall(look)}")
+    if build.amx is not None:
+        detail = (
+            f"the engine's use of this processor's AMX fails, so it is kept from it: {build.amx}"
+        )
+        flags = f'CXXFLAGS="-include {shlex.quote(str(_AMX_HEADER))}" '
+        return Check(name, "warn", detail, f"build it with {flags}{_reinstall(look)}")
     idle = [one for one in _NEEDED_FOR_SPEED if one not in uses and _CPUINFO[one] in has]
     if idle:
         detail = f"the engine does not use this processor's {', '.join(idle)}: several times slower"

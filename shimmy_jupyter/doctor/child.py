@@ -11,11 +11,12 @@ import json
 import sys
 
 _CREATE_RULESET = 444
+_SECONDS = 10.0
 _VERSION = 1  # flag: create nothing, say which version of Landlock there is
 
 
 def engine() -> dict[str, object]:
-    from ..engine.llama import offload
+    from ..engine.llama import amx, offload
     from ..engine.llama.binding import quick
 
     return {
@@ -23,6 +24,7 @@ def engine() -> dict[str, object]:
         "system": quick.llama_print_system_info().decode("utf-8", "replace"),
         "offload": bool(quick.llama_supports_gpu_offload()),
         "gpu": offload.present(),
+        "amx": amx.fault(seconds=_SECONDS) if amx.present() else None,
     }
 
 

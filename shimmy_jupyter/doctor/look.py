@@ -48,13 +48,15 @@ class Level:
 @dataclass(frozen=True, slots=True)
 class Build:
     """What the engine says of itself. Where it could not, `broken` says why, and `illegal` whether it
-    used an instruction that the processor lacks. `landlock` is None where it was not answered.
+    used an instruction that the processor lacks. `amx` is how its use of the processor's matrix instructions
+    fails, None where it does not. `landlock` is None where it was not answered.
     """
 
     version: str = ""
     system: str = ""
     offload: bool = False
     gpu: str | None = None
+    amx: str | None = None
     landlock: int | None = None
     broken: str | None = None
     illegal: bool = False

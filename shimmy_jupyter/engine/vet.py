@@ -150,6 +150,7 @@ class _Vet:
         os.putenv("GGML_VK_VISIBLE_DEVICES", "")
         import psutil  # noqa: F401  the backend asks it how much memory is free
 
+        from .llama import amx
         from .llama.backend import LlamaBackend
         from .llama.binding import initialise, quick
 
@@ -163,6 +164,7 @@ class _Vet:
         said.addHandler(self._complaints)
         said.propagate = False
         initialise()
+        amx.usable()  # later no child could be started to find out
         return Vetted()
 
     def _spec(self, threads: int) -> LoadSpec:

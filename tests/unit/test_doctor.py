@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import stat
 import sys
@@ -256,6 +257,17 @@ class TestProcessor:
 
     def test_avx512_may_be_left_unused(self, machine: Callable[..., Machine]) -> None:
         assert named(checks(machine()), "processor").status == "ok"
+
+    def test_amx_that_fails(self, machine: Callable[..., Machine]) -> None:
+        look = machine(build=lambda: Build("0.3.36", f"{BUILT}AMX_INT8 = 1 | ", amx="it crashes"))
+        write(look.root / "proc/cpuinfo", X86.replace("fma", "fma amx_int8"))
+        found = named(checks(look), "processor")
+        assert (found.status, "it crashes" in found.detail) == ("warn", True)
+        command = shlex.split(str(found.action).removeprefix("build it with "))
+        flag, header = command[0].removeprefix("CXXFLAGS=").split()
+        assert flag == "-include"
+        assert "ldtilecfg" in Path(header).read_text()
+        assert "llama-cpp-python==0.3.36" in command
 
     def test_a_gpus_part_is_not_the_processors(self, machine: Callable[..., Machine]) -> None:
         system = f"CUDA : ARCHS = 890 | AMX_INT8 = 1 | {BUILT}"

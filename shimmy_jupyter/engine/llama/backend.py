@@ -21,7 +21,7 @@ from .. import processors
 from ..alarm import Alarm
 from ..backend import Embedded, LoadSpec, StepResult
 from ..deep import MAX_TEXT_BYTES
-from . import facts, files, offload
+from . import amx, facts, files, offload
 from .binding import give_back_memory, initialise, listen, native, quick, why
 from .constraints import Constraints
 from .context import AbortFlag, Context, ContextSpec
@@ -80,6 +80,7 @@ class LlamaBackend:
         while True:
             params = native.llama_model_default_params()
             params.n_gpu_layers = wanted
+            params.use_extra_bufts = amx.usable()
             listen()
             self._model = files.opened(spec, params)
             if self._model:
