@@ -35,6 +35,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("shimmy_jupyter")
 
+_SAVED_SHARE = 8
+"""What is free may be used for copies of KV to one part in so many."""
+
 
 def llama_backend() -> Backend:
     # Imported on first use: a server that nobody asks anything must not pay for it.
@@ -53,6 +56,9 @@ def build_service(settings: Settings) -> CompletionService:
     """The service on the real engine. Loads nothing until it is asked."""
 
     async def load(found: Found) -> LoadedModel:
+        free = await asyncio.to_thread(available_memory)
+        saved = min(settings.saved_kv_bytes, free // _SAVED_SHARE)
+        sharing = Sharing(settings.weights, saved, settings.public_prefixes)
         spec = LoadSpec(
             path=str(found.path),
             parts=tuple(map(str, found.parts[1:])),
@@ -64,12 +70,11 @@ def build_service(settings: Settings) -> CompletionService:
             threads=settings.threads,
             gpu_layers=settings.gpu_layers,
             nice=settings.nice,
-            free_bytes=await asyncio.to_thread(available_memory),
+            free_bytes=free,
         )
         return await LoadedModel.load(backend, spec, queue_size=settings.max_queue, sharing=sharing)
 
     backend = isolated_backend if settings.isolation == "process" else llama_backend
-    sharing = Sharing(settings.weights, settings.saved_kv_bytes, settings.public_prefixes)
     vetting = build_vetting(settings)
     pool = ModelPool(
         Catalog(Scanner(settings.places)),

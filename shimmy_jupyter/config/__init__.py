@@ -94,7 +94,7 @@ class Settings:
     nice: int = 0
     isolation: str = "none"
     public_prefixes: tuple[str, ...] = ()
-    saved_kv_bytes: int = 256 << 20
+    saved_kv_bytes: int = 1 << 30
     weights: Mapping[str, float] = field(default_factory=dict)
     places: Places = field(default_factory=Places)
     state_folder: Path | None = None

@@ -114,9 +114,10 @@ class ShimmyEngine(Configurable):
         "share. Otherwise nobody finds what another's prompt has left in the cache.",
     ).tag(config=True)
     saved_kv = Bytes(
-        256 << 20,
+        1 << 30,
         allow_zero=True,
-        help="Host memory for KV of earlier prompts that the cache has no room for. 0: none.",
+        help="Host memory for KV of earlier prompts that the cache has no room for, or that others would have "
+        "to look past; at most an eighth of what is free when the model is loaded. 0: none.",
     ).tag(config=True)
     weights = Dict(
         value_trait=Finite(min=0.01, max=1e6),

@@ -39,6 +39,7 @@ class Room:
         self.computed = 0
         """Rows of steps so far."""
         self._look_at = 0
+        self._moved_at = self._moved = 0
         self.idleness = Idleness(capacity.idle_rows if capacity.can_copy else 0)
         self._theirs: dict[str, tuple[int, int]] = {}
         """Running sequences of each principal that has any, and what they have reserved."""
@@ -95,6 +96,8 @@ class Room:
         else:
             source = match.entry if match is not None else None
             whole = source.size if match is not None and match.saved and source is not None else 0
+            shared = match.tokens if match is not None else 0
+            self._move_before(sequence.reserved - 1 - shared, source, out)
             self._make_room(max(sequence.reserved, whole), source, out)
             sequence.slot = self._empty_slot(source, out)
         if match is not None:
@@ -126,18 +129,43 @@ class Room:
         if not self.idleness.rows or self.computed < self._look_at:
             return
         self._look_at = self.computed + self.idleness.rows // 4  # to look costs something, too
-        left = self.capacity.batch_tokens
+        left = self._may_move()
         for entry in list(self.prefixes.kept.values()):
             idle = self.computed - entry.since
             if not self.idleness.to_move(idle):
                 continue
-            moved = left > 0 and self._save(entry, out, None, self._is_over)
+            moved = left > 0 and self._move(entry, None, out)
             left = left - entry.size if moved else 0
-            if moved:
-                self.free_slots.append(self._drop(entry, out))
-            elif self.idleness.to_drop(entry.owner, idle):
+            if not moved and self.idleness.to_drop(entry.owner, idle):
                 self.idleness.dropped(entry.owner, entry.tokens)
                 self.free_slots.append(self._drop(entry, out))
+
+    def _move_before(self, rows: int, source: Entry | None, out: list[m.Instruction]) -> None:
+        """Move out at once what so many rows of a sequence alone will pay for: its own cells would lie behind
+        it, and what is left free later is looked past as well.
+        """
+        for entry in list(self.prefixes.kept.values()):
+            if self._may_move() <= 0:
+                return
+            idle = self.computed - entry.since + rows
+            if entry is source or not self.idleness.to_move(idle):
+                continue
+            if not self._move(entry, source, out):
+                return  # there is no room for others either
+
+    def _may_move(self) -> int:
+        """Tokens that may still be moved before the next step, so that nobody waits for it for long."""
+        if self._moved_at != self.computed:
+            self._moved_at, self._moved = self.computed, 0
+        return self.capacity.batch_tokens - self._moved
+
+    def _move(self, entry: Entry, source: Entry | None, out: list[m.Instruction]) -> bool:
+        """To host memory, if there is room without what is missed more than it."""
+        if not self._save(entry, out, source, self._is_over):
+            return False
+        self._moved += entry.size
+        self.free_slots.append(self._drop(entry, out))
+        return True
 
     def _is_over(self, entry: Entry) -> bool:
         return self.idleness.to_drop(entry.owner, self.computed - entry.since)

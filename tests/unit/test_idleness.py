@@ -109,3 +109,53 @@ class TestScheduling:
         for who in ("ann", "ben", "cy"):
             again = tuple(range(ord(who[0]), 100 + ord(who[0])))
             assert self.ask(d, 5000 + ord(who[0]), again, who) == 99
+
+
+class TestBeforeNewcomers:
+    """Who is admitted with enough rows to come has what is idle moved out first."""
+
+    def admitted(self, prompt: tuple[int, ...], max_tokens: int, **capacity: int) -> list[str]:
+        """What the backend is told when it is, after somebody has left 100 tokens."""
+        fields = {"saved_tokens": 200, "idle_rows": 50, **capacity}
+        d = Driver(replace(LARGE, **fields))
+        d.handle(m.Submitted(1, "ann", tuple(range(100)), 2, GREEDY))
+        d.run()
+        d.said.clear()
+        d.handle(m.Submitted(2, "ann" if prompt[0] == 0 else "ben", prompt, max_tokens, GREEDY))
+        d.plan()
+        return [type(said).__name__ for said in d.said]
+
+    def test_it_is_moved_out(self) -> None:
+        said = self.admitted(tuple(range(1000, 1020)), 31)
+        assert said == ["SaveSlot", "TrimSlot", "OpenSlot", "Step"]
+
+    def test_it_stays_where_few_rows_will_come(self) -> None:
+        assert self.admitted(tuple(range(1000, 1020)), 30) == ["OpenSlot", "Step"]
+
+    def test_it_stays_where_there_is_no_memory(self) -> None:
+        assert self.admitted(tuple(range(1000, 1020)), 500, saved_tokens=99) == ["OpenSlot", "Step"]
+
+    def test_it_stays_where_it_costs_nothing(self) -> None:
+        assert self.admitted(tuple(range(1000, 1020)), 500, idle_rows=0) == ["OpenSlot", "Step"]
+
+    def test_what_it_goes_on_from_is_not_moved(self) -> None:
+        said = self.admitted((*range(100), 7), 500)
+        assert "SaveSlot" not in said
+
+    def test_what_it_shares_with_is_not_moved(self) -> None:
+        """A beginning is copied from it, and it stays for others."""
+        said = self.admitted((*range(40), 7, 8, 9), 500)
+        assert "CopyPrefix" in said
+        assert "SaveSlot" not in said
+
+    def test_one_step_moves_no_more_than_a_batch(self) -> None:
+        d = Driver(replace(LARGE, saved_tokens=10_000, idle_rows=300, batch_tokens=64))
+        for id in range(1, 6):
+            d.handle(m.Submitted(id, "ann", tuple(range(1000 * id, 1000 * id + 40)), 2, GREEDY))
+        d.run()
+        kept = len(d.scheduler.line.room.prefixes.kept)
+        assert kept > 3
+        d.said.clear()
+        d.handle(m.Submitted(9, "ben", tuple(range(9000, 9020)), 400, GREEDY))
+        d.plan()
+        assert [type(said).__name__ for said in d.said].count("SaveSlot") == 2

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ..constrain import Matcher
 
 _ABORTED = 2
+_SLACK = 8
+"""Of a saved sequence, a buffer that is used again may be larger by one part in so many."""
 Asked = tuple[int, int, tuple[int, ...]]
 """A slot, the batch index whose logits choose its token, and guesses at that and those after it."""
 
@@ -159,7 +161,7 @@ class Context:
         size = quick.llama_state_seq_get_size(self.handle, slot)
         spare, self._spare = self._spare, bytearray()
         # No array of ctypes: each size would be a type of its own, which stays for long.
-        data = spare if size <= len(spare) <= 2 * size else bytearray(size)
+        data = spare if size <= len(spare) <= size + size // _SLACK else bytearray(size)
         begin = ctypes.byref(ctypes.c_uint8.from_buffer(data))
         if native.llama_state_seq_get_data(self.handle, begin, size, slot) != size:
             raise EngineLost("llama.cpp could not save a sequence's KV")
