@@ -267,8 +267,8 @@ class Engine:
             self._errands.run_one()
             idle = step is None and not self._errands
             if step is not None:
+                # Flushed with the next step: whoever reads would take the GIL while that is planned.
                 self._carry_out(scheduler.handle(self._decode(step), self._clock()))
-                self._flush()
 
     def _events(self, *, wait: bool) -> Iterable[m.Event | Errand]:
         self.statistics.beat = None if wait else self._clock()

@@ -26,6 +26,7 @@ from ...core.messages import (
 from ...errors import EngineCrashed, EngineLost, ShimmyError
 from ...types import Failure
 from .binding import native, quick
+from .candidates import Candidates
 from .constraints import Constraints
 from .facts import KV_TYPES, KvType
 from .slot import NOT_FINITE, SlotSampler
@@ -94,6 +95,7 @@ class Context:
         self.samplers: dict[int, SlotSampler] = {}
         self.saved: dict[int, tuple[bytearray, int]] = {}
         """By key, a buffer and how much of it is used."""
+        self._candidates = Candidates()
         self._spare = bytearray()
         """The last buffer that was given back: memory that is new to a process costs six times the copy."""
         self._constraints = constraints
@@ -148,7 +150,7 @@ class Context:
                 matcher = self._constraints.matcher(slot.sampling.constraint)
             except ShimmyError as error:
                 matcher = Failure(error.code, error.message)
-        return SlotSampler(slot.sampling, self._vocabulary, slot.recent, matcher)
+        return SlotSampler(slot.sampling, self._vocabulary, slot.recent, matcher, self._candidates)
 
     def _close_sampler(self, slot: int) -> None:
         self.samplers.pop(slot).close()

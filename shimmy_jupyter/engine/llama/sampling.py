@@ -24,15 +24,14 @@ def sampler_chain(sampling: Sampling, vocabulary: int) -> Any:
         entries = [native.llama_logit_bias(*entry) for entry in sampling.logit_bias]
         biases = (native.llama_logit_bias * len(entries))(*entries)
         add(quick.llama_sampler_init_logit_bias(vocabulary, len(biases), biases))
-    repeat, frequency, presence = (
-        sampling.repeat_penalty,
-        sampling.frequency_penalty,
-        sampling.presence_penalty,
-    )
-    if sampling.repeat_last_n and (repeat != 1 or frequency or presence):
+    if _has_penalties(sampling):
         add(
             quick.llama_sampler_init_penalties(
-                vocabulary, sampling.repeat_last_n, repeat, frequency, presence
+                vocabulary,
+                sampling.repeat_last_n,
+                sampling.repeat_penalty,
+                sampling.frequency_penalty,
+                sampling.presence_penalty,
             )
         )
     if sampling.temperature == 0:
@@ -48,3 +47,13 @@ def sampler_chain(sampling: Sampling, vocabulary: int) -> Any:
     seed = secrets.randbelow(_SEED_SPACE) if sampling.seed is None else sampling.seed % _SEED_SPACE
     add(quick.llama_sampler_init_dist(seed))
     return chain
+
+
+def changes_logits(sampling: Sampling) -> bool:
+    """Whether the chain has stages before it narrows down the choice."""
+    return bool(sampling.logit_bias) or _has_penalties(sampling)
+
+
+def _has_penalties(sampling: Sampling) -> bool:
+    penalties = sampling.repeat_penalty != 1, sampling.frequency_penalty, sampling.presence_penalty
+    return bool(sampling.repeat_last_n) and any(penalties)

@@ -12,6 +12,7 @@ from ...core.messages import Sampled
 from ...types import Failure, Sampling, Scored
 from ..gate import Choice, Gate
 from .binding import quick
+from .candidates import Candidates, limit
 from .facts import Vocabulary
 from .sampling import sampler_chain
 
@@ -37,8 +38,11 @@ class SlotSampler:
         vocabulary: Vocabulary,
         recent: Sequence[int] = (),
         matcher: Matcher | Failure | None = None,
+        candidates: Candidates | None = None,
     ) -> None:
         self._vocabulary = vocabulary
+        self._candidates = candidates
+        self._k = None if candidates is None else limit(sampling, vocabulary.size)
         self._sampling = sampling
         self._chain = sampler_chain(sampling, vocabulary.size)
         self._generated = 0
@@ -98,7 +102,12 @@ class SlotSampler:
         return scores.of(token, float(row[token]))
 
     def _chosen(self, context: Any, index: int, logits: Any) -> int | Failure:
-        token: int = quick.llama_sampler_sample(self._chain, context, index)
+        token: int | None = None
+        if self._k is not None and self._candidates is not None:
+            row = self._candidates.row(logits, self._vocabulary.size) if self._plain else logits
+            token = self._candidates.chosen(self._chain, row, self._k)
+        if token is None:
+            token = int(quick.llama_sampler_sample(self._chain, context, index))
         # Sampling from NaN or -inf logits yields a token without complaint.
         return token if math.isfinite(logits[token]) else NOT_FINITE
 
