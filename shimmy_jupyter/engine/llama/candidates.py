@@ -12,6 +12,7 @@ may cost 5 ms. So where it took long, the chain does it all for a while.
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from typing import Any
 
@@ -37,6 +38,7 @@ class Candidates:
 
         kind = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
         self._data = np.zeros(_ROOM, kind)
+        self._at: Any = self._data.ctypes.data_as(native.llama_token_data_p)
         self._array = native.llama_token_data_array()
         self._resting, self._rest = 0, _REST
         self._rows: dict[int, Any] = {}
@@ -71,15 +73,17 @@ class Candidates:
 
         columns = len(logits) // _ROWS
         largest = logits[: columns * _ROWS].reshape(_ROWS, columns).max(axis=0)
+        if not math.isfinite(largest.max()):
+            return None
         bound = np.partition(largest, columns - k)[columns - k]
         found = np.flatnonzero(logits >= bound)
-        # None where it is not a number; all where fewer than k are possible.
+        # All, where fewer than k are possible.
         if not k <= len(found) <= _ROOM:
             return None
         data, array = self._data, self._array
         data["id"][: len(found)] = found
         data["logit"][: len(found)] = logits[found]
-        array.data = data.ctypes.data_as(native.llama_token_data_p)
+        array.data = self._at
         array.size, array.selected, array.sorted = len(found), -1, False
         quick.llama_sampler_apply(chain, ctypes.byref(array))
         if array.selected < 0:
