@@ -60,6 +60,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--busy", type=names, help="processes beside; else 0,1 and one for each core"
     )
+    parser.add_argument(
+        "--label",
+        help="store what is measured beside, not in place of, what is there; says what differs",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "bench.json")
     parser.add_argument("--folder", type=Path, default=HERE / "results", help="of the models")
@@ -135,7 +139,11 @@ def measure(options: argparse.Namespace, section: str, model: prompts.Model | No
         traceback.print_exc()
         return False
     result["quick"], result["took_seconds"] = options.quick, round(time.monotonic() - began)
-    record(options.json, section, model.name if model else None, result)
+    result["instructions"] = peers.instructions()
+    key = model.name if model else None
+    if options.label and model:
+        key, result["title"] = f"{model.name} {options.label}", f"{model.title}: {options.label}"
+    record(options.json, section, key, result)
     print(f"   {result['took_seconds']} s", flush=True)
     return True
 

@@ -95,6 +95,25 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+_WHAT_BUILDS_SAY = {
+    "llama-cpp-python": "import llama_cpp; said = llama_cpp.llama_print_system_info().decode()",
+    "xllamacpp": "import xllamacpp; said = xllamacpp.get_system_info()",
+}
+_VECTOR = ("AVX2", "AVX_VNNI", "AVX512", "AVX512_VNNI", "AVX512_BF16", "AMX_INT8", "NEON", "SVE")
+
+
+def instructions() -> dict[str, str]:
+    """What each build was compiled to compute with. A wheel for everybody has less than one for this machine."""
+    found: dict[str, str] = {}
+    for name, source in _WHAT_BUILDS_SAY.items():
+        command = [sys.executable, "-c", f"{source}; print('\\n', said)"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            said = done.stdout.splitlines()[-1]
+            found[name] = ", ".join(one for one in _VECTOR if f" {one} = 1" in said)
+    return found
+
+
 def _need(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:

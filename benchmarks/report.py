@@ -37,6 +37,8 @@ its authenticated handlers, and chooses its threads itself. *raw loop* is `llama
 sampler chains, nothing else. *llama-cpp-python* is its high-level API without HTTP, *llama_cpp.server*
 its server, told not to interrupt requests; both serve one request at a time. *xllamacpp* is
 llama-server's scheduler in a Python process. Unless said otherwise they have a thread for each core.
+xllamacpp is published for any processor with AVX2, ours and the other peers are compiled on the machine:
+where these compute with more, a ratio to xllamacpp tells of the builds, and where all have AVX2 of the schedulers.
 
 The models have random weights in the shape of real ones, so they run at the speed of these; they never
 end an answer by themselves, and a client can count their tokens."""
@@ -85,6 +87,9 @@ def _section(
         parts.append("**A quick run: these figures mean nothing.**")
     if "remark" in result:  # by whoever ran it: what was different about the run
         parts.append(f"*{result['remark']}*")
+    if "instructions" in result:
+        builds = "; ".join(f"{name}: {what}" for name, what in result["instructions"].items())
+        parts.append(f"Builds compute with: {builds}.")
     if name != "memory":
         parts.append(pages.limit_line(result, bandwidth))
     parts.append(getattr(pages, name)(result, bandwidth) + pages.skipped(result))
@@ -94,7 +99,7 @@ def _section(
     import plots as drawing
 
     if name in drawing.DRAWN:
-        file = plots / f"{name}-{model}.svg"
+        file = plots / f"{name}-{model.replace(' ', '-')}.svg"
         drawing.DRAWN[name](result, pages.steps(result, bandwidth), file)
         parts.append(f"![{SECTIONS[name]}: {result['title']}](plots/{file.name})")
     return parts
