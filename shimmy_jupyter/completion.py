@@ -83,8 +83,15 @@ class Completion:
 
         Raises the error that ended a sequence, or `Cancelled` if somebody closed it.
         """
-        while not (found := self._arrived()) and not self._over():
-            await self._ring()
+        found: list[Delta] = []
+        while not found:
+            over = self._over()
+            if not (over or self._bell.is_set()):  # else there may be something already
+                await self._bell.wait()
+            self._bell.clear()
+            found = self._arrived()
+            if over:
+                break
         if not found and any(e.reason is FinishReason.CANCELLED for e in self.endings):
             raise Cancelled("the request was cancelled")
         if found and self.visit is not None:
