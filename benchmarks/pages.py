@@ -221,6 +221,24 @@ def memory(found: Found, bandwidth: float | None) -> str:
     )
 
 
+def frames(found: Found | None) -> str:
+    if found is None:
+        return "Not measured."
+    rounds = [
+        [f"{one['map']:.0f}", f"{one['loop']:.0f}", f"{one['map'] / one['loop']:.3f}"]
+        for one in found["rounds"]
+    ]
+    resumed = found["resumed"]
+    return (
+        f"`df.shimmy.map` of {found['rows']} rows, {found['concurrency']} at once, {found['tokens']} tokens each, "
+        f"through a real server, against a loop of single calls; the shape of Qwen3-0.6B, {found['kind']}. "
+        f"`llama_decode` alone, with the same prompts and tokens, allows a ratio of {found['raw']:.3f} on this "
+        f"machine. Interrupted half-way, {resumed['done']} were done; called again it asked "
+        f"{resumed['asked']}, and {resumed['twice']} of them twice.\n\n"
+        + table(["map, s", "loop, s", "ratio"], rounds)
+    )
+
+
 def constraints(found: Found | None) -> str:
     if found is None:
         return "Not measured: benchmarks/constrained.py."

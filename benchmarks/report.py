@@ -48,10 +48,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="docs/performance.md from the last measurements")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "bench.json")
     parser.add_argument("--startup", type=Path, default=HERE / "results" / "startup.json")
+    parser.add_argument("--frames", type=Path, default=HERE / "results" / "frames.json")
     default = HERE.parent / "docs" / "performance.md"
     parser.add_argument("--page", type=Path, default=default)
     options = parser.parse_args()
     found = _read(options.json)
+    if frames := _read(options.frames):
+        found["frames"] = frames
     options.page.write_text(page(found, _read(options.startup), options.page.parent / "plots"))
     print(f"written to {options.page}")
 
@@ -72,6 +75,7 @@ def page(found: dict[str, Any], startup: dict[str, Any], plots: Path) -> str:
             continue
         for model, result in by_model.items():
             parts += _section(name, model, result, bandwidth, plots)
+    parts += ["## A data frame", pages.frames(found.get("frames"))]
     parts += ["## Constraints", pages.constraints(sections.get("constraints"))]
     parts += ["## Answers that copy", pages.lookup(sections.get("lookup"))]
     parts += ["## What a step costs besides the model", _host(sections.get("host"))]
