@@ -18,7 +18,7 @@ from .types import CompletionRequest, Ended, FinishReason, MadeBy, Scored, Timin
 _WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one for each token, and to freeze it takes as long as to make it
 class Delta:
     """Text of one choice, or of the reasoning before it, with the tokens it came from where
     log-probabilities were asked for.

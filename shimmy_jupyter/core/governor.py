@@ -127,6 +127,9 @@ class Governor:
         self._last = [0.0] * len(self.levels)  # each level's last time, of any size
         self._up_at = [0.0] * len(self.levels)
         self._up_wait = [0.0] * len(self.levels)
+        self._spent = (
+            0.0  # seconds of steps: while nothing is computed nothing is learnt, and nothing is due
+        )
         self._down_at = self._slow_at = 0.0
         self._down_wait = DOWN_WAIT
 
@@ -167,6 +170,7 @@ class Governor:
         if self._fixed:
             return
         seconds = max(seconds, 1e-9)
+        self._spent += seconds
         self.aborted += aborted
         units, size = plan.work + OVERHEAD, (plan.work - 1).bit_length()
         trial = self._trial
@@ -202,7 +206,7 @@ class Governor:
         if up > self._level and now >= self._up_at[up]:
             self._trial = _Trial(up, times.until + FRESH)
         elif self._level and (
-            (now >= self._down_at and self._cheap(times, size))
+            (self._spent >= self._down_at and self._cheap(times, size))
             or (now >= self._slow_at and self._slow(times, size))
         ):
             self._trial = _Trial(self._level - 1, times.until + FRESH)
@@ -301,7 +305,7 @@ class Governor:
         self._up_wait[here], self._up_at[here] = wait, now + wait
         self._level, self._gain, self._stride = level, 0.0, 1
         self._down_wait = DOWN_WAIT  # it may not be low enough
-        self._down_at = now + DOWN_WAIT
+        self._down_at = self._spent + DOWN_WAIT
         self.switches += 1
 
     def _judge_down(
@@ -323,7 +327,7 @@ class Governor:
             return
         times.usual = times.recent  # slow, but not for the number of threads: the context grows
         cost = max(0.0, trial.spent - trial.would)
-        self._down_at = now + max(self._down_wait, DOWN_SHARE * cost)
+        self._down_at = self._spent + max(self._down_wait, DOWN_SHARE * cost)
         self._slow_at = now + max(SLOW_WAIT, SLOW_SHARE * cost)
         deeper = self._level - 2 * trial.depth
         if deeper >= 0 and trial.spent < DOWN_NEAR * trial.would:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # importing it would load pydantic at the server's start
 PATIENCE = 1.0
 """Seconds without text until a stream's headers go out, with what it is waiting for."""
 # `json.dumps` makes an encoder each time that it is not asked for its defaults.
-_quoted = json.JSONEncoder(ensure_ascii=False).encode
+_quoted = json.encoder.encode_basestring
 DONE = b"data: [DONE]\n\n"
 _FIELDS = ("content", "reasoning_content")
 """Of a chat's chunk, by whether its text is reasoning."""
@@ -240,7 +240,9 @@ class EventWriter:
             yield await self.ended(completion, error)
             return
         while deltas:
-            yield data + b"".join(self._delta(delta, completion.echo) for delta in deltas)
+            for delta in deltas:
+                data += self._delta(delta, completion.echo)
+            yield data
             data = b""
             try:
                 deltas = await completion.read()
