@@ -51,16 +51,31 @@ def main() -> None:
     parser.add_argument("--frames", type=Path, default=HERE / "results" / "frames.json")
     default = HERE.parent / "docs" / "performance.md"
     parser.add_argument("--page", type=Path, default=default)
+    parser.add_argument("--plots", default="plots", help="their folder, beside the page")
+    parser.add_argument("--title", help="for a page beside the usual one, of another machine")
+    parser.add_argument("--measured-only", action="store_true", help="without empty sections")
     options = parser.parse_args()
     found = _read(options.json)
     if frames := _read(options.frames):
         found["frames"] = frames
-    options.page.write_text(page(found, _read(options.startup), options.page.parent / "plots"))
+    folder = options.page.parent / options.plots
+    text = page(found, _read(options.startup), folder)
+    if options.title:
+        text = text.replace("# Performance", f"# {options.title}", 1)
+    if options.measured_only:
+        text = _measured(text)
+    options.page.write_text(text)
     print(f"written to {options.page}")
 
 
 def _read(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def _measured(text: str) -> str:
+    head, *sections = text.rstrip("\n").split("\n\n## ")
+    kept = [one for one in sections if "\n\nNot measured" not in one]
+    return "\n\n## ".join([head, *kept]) + "\n"
 
 
 def page(found: dict[str, Any], startup: dict[str, Any], plots: Path) -> str:
@@ -105,7 +120,7 @@ def _section(
     if name in drawing.DRAWN:
         file = plots / f"{name}-{model.replace(' ', '-')}.svg"
         drawing.DRAWN[name](result, pages.steps(result, bandwidth), file)
-        parts.append(f"![{SECTIONS[name]}: {result['title']}](plots/{file.name})")
+        parts.append(f"![{SECTIONS[name]}: {result['title']}]({plots.name}/{file.name})")
     return parts
 
 
