@@ -127,9 +127,7 @@ class Governor:
         self._last = [0.0] * len(self.levels)  # each level's last time, of any size
         self._up_at = [0.0] * len(self.levels)
         self._up_wait = [0.0] * len(self.levels)
-        self._spent = (
-            0.0  # seconds of steps: while nothing is computed nothing is learnt, and nothing is due
-        )
+        self._spent = 0.0  # seconds of steps, by which trials downward are due
         self._down_at = self._slow_at = 0.0
         self._down_wait = DOWN_WAIT
 
