@@ -298,6 +298,8 @@ class ModelFacts:
     """Whether a slot may take part of another's KV."""
     can_trim: bool = True
     """Whether a slot's KV can be cut short; recurrent models can only forget all of it."""
+    can_read_aside: bool = False
+    """Whether a long prompt can be read in a context of its own beside those that decode."""
     kv_bytes_per_token: int = 1
     threads: int = 1
     """Threads that may compute, at most."""

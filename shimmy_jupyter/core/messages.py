@@ -7,7 +7,7 @@ backend in this process or one behind a socket.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..types import Ended, Failure, Sampling, Scored
 
@@ -26,7 +26,8 @@ class Capacity:
     `can_trim`: whether a slot's KV can be cut short. `saved_tokens` of KV fit into host memory.
     `weights` are the shares of principals; 1 for whoever is not named. With `lookup` a sequence that
     decodes alone has its next tokens guessed. `idle_rows` of steps cost as much as to move what is kept
-    out of their way; 0: it stays while there is room.
+    out of their way; 0: it stays while there is room. `can_read_aside`: whether a context of its own may
+    read a prompt, with `Aside`.
     """
 
     slots: int
@@ -43,6 +44,7 @@ class Capacity:
     saved_tokens: int = 0
     lookup: bool = False
     idle_rows: int = 0
+    can_read_aside: bool = False
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -95,6 +97,17 @@ class PromptScores:
 
     slot: int
     scored: tuple[Scored, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AsideRead:
+    """What became of a step's `Aside` in the `seconds` that it took. Once it is `done`, the KV of its tokens is in
+    the slot. Where it is `refused`, it cannot be had, and nothing has been done.
+    """
+
+    seconds: float
+    done: bool = False
+    refused: bool = False
 
 
 # Events
@@ -170,11 +183,12 @@ class Stepped:
     seconds: float = 0.0
     threads: int = 1
     prompts: tuple[PromptScores, ...] = ()
+    aside: AsideRead | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepAborted:
-    """The step was stopped amid its work and has left nothing behind."""
+    """The step was stopped amid its work and has left nothing behind; what it read aside may go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,15 +287,38 @@ SlotChange = OpenSlot | CloseSlot | TrimSlot | CopyPrefix | SaveSlot | RestoreSl
 
 
 @dataclass(frozen=True, slots=True)
+class Aside:
+    """Tokens of one prompt for a context of its own, which has `seconds` of this step before its rows
+    are decoded, and of each that names the same tokens again, until they are done. `end` is the position up to
+    which the prompt is to be read there.
+    """
+
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    seconds: float
+    end: int
+
+    @property
+    def last(self) -> bool:
+        return self.start + len(self.tokens) >= self.end
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """Decode these rows in one native call; answered by `Stepped`, `StepAborted`, `StepFailed`.
 
     Rows of the private slot are never in one step with others. All are computed with one adapter, or
-    with none.
+    with none. There may be no rows where there is something to read `aside`.
     """
 
     rows: tuple[Row, ...]
     adapter: str = ""
+    aside: Aside | None = None
+
+    def without_time_aside(self) -> Step:
+        """To be tried again: what is read aside has had its time."""
+        return self if self.aside is None else replace(self, aside=replace(self.aside, seconds=0.0))
 
 
 @dataclass(frozen=True, slots=True)

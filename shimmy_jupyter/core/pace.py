@@ -41,6 +41,14 @@ _FIRST = 2
 """Who waits for a first token counts as so many who wait for their next one."""
 _STRETCH = 2
 """Where many wait for a first token, a step may take so many times its usual time."""
+_EXACT = 1.15
+"""So many times its usual time, where what is read aside is held: that is hardly ever late."""
+_ASIDE_SHARE = 0.7
+"""Of the time of the rows: what is read aside gets at least."""
+_NOTICEABLE = 0.2
+"""Of a step's usual time, so much is late."""
+_LATE = 0.05
+"""Of how late it was, so much is forgotten each time that it was not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,8 @@ class Pace:
         self._decode: dict[int, dict[int, tuple[float, int]]] = {}
         self._beside: dict[int, dict[int, float]] = {}
         """Seconds of so many rows, also where they were only ever seen beside prompts."""
+        self._late = 0.0
+        """Seconds after its time was over until what is read aside was held."""
         self._threads = 1
         self._steps = 0
         self._read = 0
@@ -167,11 +177,7 @@ class Pace:
         if not rows:
             return Slice(self._alone(self._prompt_seconds), together=False)
         beside = self._time(rows) or 0.0
-        room = max(
-            self._step_seconds - beside,
-            min(_FIRST * waiting / rows * beside, _STRETCH * self._step_seconds - beside),
-            _PROMPT_SHARE * beside,
-        )
+        room = self._room(rows, waiting, self._step_seconds, _PROMPT_SHARE)
         most = self._batch_tokens - rows
         # Where whole batches are read alone, only their own time is measured.
         if all(self._line(together=one, tiled=True).tokens(room) >= most for one in (True, False)):
@@ -190,6 +196,33 @@ class Pace:
             return Slice(min(_LEAST, most), together=True)
         # In doubt together: who decodes then waits for one step, not for two.
         return max(possible, key=lambda one: one[0] * (_HYSTERESIS if one[1].together else 1))[1]
+
+    def aside_seconds(self, rows: int, waiting: int = 1) -> float:
+        """What a prompt that is read aside may have of a step of so many rows."""
+        if not rows:
+            return self._step_seconds
+        usual = _EXACT * self._step_seconds - self._late
+        return self._room(rows, waiting, usual, _ASIDE_SHARE)
+
+    def observe_aside(self, asked: float, seconds: float) -> None:
+        """What was read aside was held after `seconds`, or done. Making its context is late, too, but does
+        not tell of the next time.
+        """
+        late = min(seconds - asked, self._step_seconds / 4)
+        self._late = max(late, (1 - _LATE) * self._late)
+
+    def asides_are_late(self) -> bool:
+        """Whether what is read aside would be held noticeably sooner were its slices small."""
+        return self._late > _NOTICEABLE * self._step_seconds
+
+    def _room(self, rows: int, waiting: int, usual: float, share: float) -> float:
+        """Seconds for prompts, of a step that takes `usual` seconds."""
+        beside = self._time(rows) or 0.0
+        return max(
+            usual - beside,
+            min(_FIRST * waiting / rows * beside, _STRETCH * usual - beside),
+            share * beside,
+        )
 
     def _alone(self, room: float) -> int:
         """Tokens for a step that nobody else waits for."""

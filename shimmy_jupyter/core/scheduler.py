@@ -68,8 +68,7 @@ class Scheduler:
         """The sequences in the step in progress."""
         if self.step is None:
             return frozenset()
-        by_slot = self._by_slot()
-        return frozenset(by_slot[row.slot].id for row in self.step.rows)
+        return frozenset(sequence.id for sequence in self._in_step(self.step))
 
     # Events
 
@@ -150,22 +149,22 @@ class Scheduler:
         if self.step is not None or self.halted is not None:
             return []
         instructions = self._give_up_on_readers(now)
-        rows = self._planner.rows(now, instructions)
-        if rows:
-            self.step = m.Step(tuple(rows), self._by_slot()[rows[0].slot].adapter)
+        self.step = self._planner.step(now, instructions)
+        if self.step is not None:
             instructions.append(self.step)
         return instructions
 
     def _stepped(self, event: m.Stepped, now: float) -> list[m.Instruction]:
-        rows, by_slot = self._take_step(), self._by_slot()
+        step, by_slot = self._take_step(), self._by_slot()
+        rows = step.rows
         sampled: dict[int, list[m.Sampled]] = {}
         for one in event.sampled:
             sampled.setdefault(one.slot, []).append(one)
         for prompts in event.prompts:
             by_slot[prompts.slot].prompt_scored += prompts.scored
         private = bool(rows) and rows[0].slot == self.capacity.private_slot
-        self._planner.took(rows, event.seconds, private=private)
-        instructions: list[m.Instruction] = []
+        self._planner.took(step, event, private=private)
+        instructions = self._left_aside(step, now)
         completions: dict[str, int] = {}
         prompt = decoding = 0
         for row in rows:
@@ -189,9 +188,9 @@ class Scheduler:
         return instructions
 
     def _step_aborted(self, event: m.StepAborted, now: float) -> list[m.Instruction]:
-        rows, by_slot = self._take_step(), self._by_slot()
-        instructions: list[m.Instruction] = []
-        for row in rows:
+        step, by_slot = self._take_step(), self._by_slot()
+        instructions = self._left_aside(step, now)
+        for row in step.rows:
             sequence = by_slot[row.slot]
             sequence.in_step = False
             if sequence.state is State.CANCELLING:
@@ -203,9 +202,9 @@ class Scheduler:
         return instructions
 
     def _step_failed(self, event: m.StepFailed, now: float) -> list[m.Instruction]:
-        rows, by_slot = self._take_step(), self._by_slot()
-        instructions: list[m.Instruction] = []
-        for row in rows:
+        step, by_slot = self._take_step(), self._by_slot()
+        instructions = self._left_aside(step, now)
+        for row in step.rows:
             sequence = by_slot[row.slot]
             sequence.in_step = False
             cancelled = sequence.state is State.CANCELLING and sequence.failure is None
@@ -345,9 +344,23 @@ class Scheduler:
         ended = Ended(reason, sequence.usage(), sequence.timings(now), failure)
         return m.Finish(sequence.id, ended)
 
-    def _take_step(self) -> tuple[m.Row, ...]:
+    def _take_step(self) -> m.Step:
         step, self.step = self.step, None
-        return step.rows if step is not None else ()
+        return step or m.Step(())
+
+    def _in_step(self, step: m.Step) -> list[Sequence]:
+        by_slot = self._by_slot()
+        slots = [row.slot for row in step.rows]
+        return [by_slot[slot] for slot in [*slots, *([step.aside.slot] if step.aside else [])]]
+
+    def _left_aside(self, step: m.Step, now: float) -> list[m.Instruction]:
+        """The sequence whose prompt was read aside is in no step any more."""
+        if step.aside is None:
+            return []
+        sequence = self._by_slot()[step.aside.slot]
+        sequence.in_step = False
+        cancelled = sequence.state is State.CANCELLING
+        return self._end_unwanted(sequence, now) if cancelled else []
 
     def _by_slot(self) -> dict[int, Sequence]:
         return {sequence.slot: sequence for sequence in self.running.values()}
@@ -364,37 +377,9 @@ class Scheduler:
         assert {s.id for s in line.waiting()} | set(self.running) == set(self.sequences)
         assert len(line) + len(running) == len(self.sequences)
         assert len(line) <= cap.queue
-        in_step = {row.slot for row in self.step.rows} if self.step else set()
-        assert in_step == {s.slot for s in running if s.in_step}
+        in_step = self._in_step(self.step) if self.step else []
+        assert {s.id for s in in_step} == {s.id for s in running if s.in_step}
         for s in running:
-            self._check_sequence(s)
+            s.check_invariants()
         if self.step is not None:
-            self._check_step(self.step)
-
-    def _check_sequence(self, s: Sequence) -> None:
-        assert s.state in (State.PREFILL, State.DECODE, State.PAUSED, State.CANCELLING), s.state
-        assert s.state is not State.CANCELLING or s.in_step
-        assert s.state is not State.PAUSED or (s.reader_full and not s.in_step)
-        assert s.generated < max(1, s.max_tokens)
-        assert s.reused < len(s.prompt)
-        if s.generated:
-            assert s.cached == len(s.prompt) + s.generated - 1
-        else:
-            assert s.reused <= s.cached < len(s.prompt)
-        assert (s.state is State.PREFILL) <= (s.generated == 0)
-
-    def _check_step(self, step: m.Step) -> None:
-        by_slot, private = self._by_slot(), self.capacity.private_slot
-        slots = {row.slot for row in step.rows}
-        assert len(slots) == len(step.rows)
-        assert private not in slots or slots == {private}
-        assert 0 < sum(len(row.tokens) for row in step.rows) <= self.capacity.batch_tokens
-        for row in step.rows:
-            sequence = by_slot[row.slot]
-            assert sequence.adapter == step.adapter
-            assert row.start == sequence.cached
-            assert row.tokens
-            end = row.start + len(row.tokens)
-            assert end <= sequence.reserved
-            assert row.sample == (end >= len(sequence.prompt))
-            assert bool(row.scores) <= sequence.scores_prompt
+            self._planner.check_step(self.step, self._by_slot())

@@ -63,6 +63,8 @@ class Sequence:
     lookup: Lookup = field(default_factory=Lookup)
     prompt_scored: list[Scored] = field(default_factory=list)
     """Tokens of the prompt, where their log-probabilities are wanted; shown when all have been read."""
+    aside_refused: bool = False
+    """Whether there was no memory to read its prompt in a context of its own."""
     passed: int = 0
     """Tokens reserved by those who were admitted before it although it was their next."""
     thought: int = 0
@@ -124,3 +126,17 @@ class Sequence:
             ttft_ms=None if first is None else (first - self.submitted_at) * 1e3,
             tokens_per_second=rate,
         )
+
+    def check_invariants(self) -> None:
+        """Of one that is running."""
+        running = State.PREFILL, State.DECODE, State.PAUSED, State.CANCELLING
+        assert self.state in running, self.state
+        assert self.state is not State.CANCELLING or self.in_step
+        assert self.state is not State.PAUSED or (self.reader_full and not self.in_step)
+        assert self.generated < max(1, self.max_tokens)
+        assert self.reused < len(self.prompt)
+        if self.generated:
+            assert self.cached == len(self.prompt) + self.generated - 1
+        else:
+            assert self.reused <= self.cached < len(self.prompt)
+        assert (self.state is State.PREFILL) <= (self.generated == 0)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..core.messages import PromptScores, Row, Sampled, SlotChange, Step
+from ..core.messages import AsideRead, PromptScores, Row, Sampled, SlotChange, Step
 from ..core.room import running_limit
 from ..types import Constraint, ModelFacts
 
@@ -74,6 +74,8 @@ class StepResult:
     aborted: bool = False
     prompts: tuple[PromptScores, ...] = ()
     """Of the rows that have `scores`, in their order."""
+    aside: AsideRead | None = None
+    """Where the step had something to read aside and was not aborted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class Backend(Protocol):
         """Decode the rows on so many threads, and sample for those that ask, in order.
 
         Raises `EngineCrashed` when this step failed, `EngineLost` when the engine has. A step that
-        takes longer than `limit` seconds, where there is one, is aborted.
+        takes longer than `limit` seconds, where there is one, is aborted; what it reads aside does not count.
         """
         ...
 

@@ -63,6 +63,7 @@ class FakeBackend:
         self._ids: dict[bytes, int] = {}
         self._answers: dict[int, list[int]] = {}
         self._sampling: dict[int, Sampling] = {}
+        self._aside: tuple[int, int] | None = None
 
     def load(self, spec: LoadSpec) -> ModelFacts:
         self.loaded = True
@@ -143,6 +144,7 @@ class FakeBackend:
             return StepResult((), 0.0, aborted=True)
         if step.adapter and step.adapter not in self.adapters:
             raise AssertionError(f"{step.adapter} is not loaded")
+        read = self._read_aside(step.aside) if step.aside is not None else None
         self.batches.append(len(step.rows))
         if len(self.batches) == self.fail_at:
             raise EngineCrashed("the script says that this step fails")
@@ -159,7 +161,18 @@ class FakeBackend:
             for row in step.rows
             if row.scores
         ]
-        return StepResult(tuple(sampled), 0.0, prompts=tuple(prompts))
+        return StepResult(tuple(sampled), 0.0, prompts=tuple(prompts), aside=read)
+
+    def _read_aside(self, part: m.Aside) -> m.AsideRead:
+        """Done in the second step that names it."""
+        seen = self.cells[part.slot]
+        if part.start != len(seen):
+            raise AssertionError(f"slot {part.slot} holds {len(seen)}, {part.start} is read aside")
+        done = self._aside == (part.slot, part.start)
+        self._aside = (part.slot, part.start)
+        if done:
+            seen.extend(part.tokens)
+        return m.AsideRead(part.seconds, done=done)
 
     def embed(self, rows: tuple[m.Row, ...], threads: int, limit: float | None = None) -> Embedded:
         """The first numbers of a vector are the input's length and its first byte."""

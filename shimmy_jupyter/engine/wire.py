@@ -20,7 +20,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from ..core.messages import PromptScores, Row, Sampled, Step
+from ..core.messages import Aside, AsideRead, PromptScores, Row, Sampled, Step
 from ..types import EmbeddingFacts, Failure, ModelFacts, Scored
 from .backend import Embedded, StepResult
 from .calls import Failed, SideRequest, WorkRequest
@@ -92,6 +92,7 @@ def _plain(value: Any) -> Any:
             [row.scores for row in rows],
             [row.guessed for row in rows],
             value.adapter,
+            value.aside,
         ]
     if type(value) is StepResult:
         found = value.sampled
@@ -107,6 +108,7 @@ def _plain(value: Any) -> Any:
             [one.scored for one in found],
             [one.held for one in found],
             value.prompts,
+            value.aside,
         ]
     if is_dataclass(value):
         return _named_fields(value)
@@ -238,15 +240,16 @@ def _same_length(*lists: Any) -> None:
 
 
 def _step(values: list[Any]) -> Step:
-    _same_length(values, ".......")
-    (adapter,) = _list(values[6:], str)
+    _same_length(values, "........")
+    (adapter,) = _list(values[6:7], str)
+    aside = _reader(Aside | None)(values[7])
     slots, starts = _ids(values[0]), _ids(values[1])
     tokens, samples, scores = _list(values[2], list), _list(values[3], bool), _list(values[4], list)
     guessed = _ids(values[5])
     _same_length(slots, starts, tokens, samples, scores, guessed)
     _ids(list(chain.from_iterable([*tokens, *scores])))
     rows = map(Row, slots, starts, map(tuple, tokens), samples, map(tuple, scores), guessed)
-    return Step(tuple(rows), adapter)
+    return Step(tuple(rows), adapter, aside)
 
 
 _MOST_SCORED = 64
@@ -255,7 +258,7 @@ _LONGEST_PIECE = 4096
 
 
 def _step_result(values: list[Any]) -> StepResult:
-    _same_length(values, "..........")
+    _same_length(values, "...........")
     seconds, aborted = values[:2]
     if type(seconds) not in {float, int} or type(aborted) is not bool:
         raise WireError("a step's result without its time")
@@ -270,13 +273,16 @@ def _step_result(values: list[Any]) -> StepResult:
     why, scored = _rarely(Failure, failures), _rarely(Scored, scores)
     found = map(Sampled, slots, tokens, pieces, ends, why, scored, held)
     prompts = _reader(tuple[PromptScores, ...])(values[9])
-    return StepResult(tuple(found), seconds, aborted, prompts)
+    aside = _reader(AsideRead | None)(values[10])
+    return StepResult(tuple(found), seconds, aborted, prompts, aside)
 
 
 def answers(step: Step, result: StepResult) -> bool:
     """Whether there is a token for each row that asked, or more where that had guesses."""
     if result.aborted:
-        return not result.sampled and not result.prompts
+        return not result.sampled and not result.prompts and result.aside is None
+    if (step.aside is None) != (result.aside is None):
+        return False
     asked = [row for row in step.rows if row.sample]
     scored = [(row.slot, len(row.scores)) for row in step.rows if row.scores]
     given = [
@@ -305,6 +311,14 @@ def _scored(values: list[Any]) -> Scored:
     ):
         raise WireError("a log-probability that none can be")
     return scored
+
+
+def _aside_read(values: list[Any]) -> AsideRead:
+    read: AsideRead = _record(AsideRead)(values)
+    _check_time(read.seconds)
+    if read.done and read.refused:
+        raise WireError("tokens that are done and refused")
+    return read
 
 
 def _embedded(values: list[Any]) -> Embedded:
@@ -349,6 +363,7 @@ _BY_HAND: dict[Any, Read] = {
     StepResult: _step_result,
     ModelFacts: _facts,
     EmbeddingFacts: _embedding_facts,
+    AsideRead: _aside_read,
     Embedded: _embedded,
     Scored: _scored,
 }

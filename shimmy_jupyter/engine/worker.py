@@ -234,6 +234,7 @@ class Engine:
             queue=self._queue_size,
             can_copy=facts.can_copy,
             can_trim=facts.can_trim,
+            can_read_aside=facts.can_read_aside,
             saved_tokens=saved,
             weights=self._sharing.weights,
             lookup=self.spec.prompt_lookup and facts.can_copy,  # guesses change sums
@@ -301,7 +302,7 @@ class Engine:
 
     def _attempt(self, step: m.Step) -> m.Event:
         """Run the step; again with fewer threads where it took longer than it may."""
-        private = step.rows[0].slot == self.scheduler.capacity.private_slot
+        private = self.scheduler.capacity.private_slot in [row.slot for row in step.rows]
         work = sum(len(row.tokens) for row in step.rows)
         for _ in range(_ATTEMPTS):
             plan = self.governor.plan(work, self._clock())
@@ -314,15 +315,17 @@ class Engine:
                         return m.StepAborted()
             # An abort that came late, meant for the step before, says nothing of the machine.
             late = result.aborted and (plan.limit is None or result.seconds < plan.limit)
-            if not private and not late:
+            if step.rows and not private and not late:
                 now = self._clock()
                 self.governor.observe(plan, result.seconds, now, aborted=result.aborted)
             if not result.aborted:
                 break
+            step = step.without_time_aside()
         else:
             raise EngineLost("its steps are aborted again and again, though nobody asks for it")
         self.statistics.count(len(step.rows), len(result.sampled))
-        return m.Stepped(result.sampled, result.seconds, plan.threads, result.prompts)
+        seconds, threads = result.seconds, plan.threads
+        return m.Stepped(result.sampled, seconds, threads, result.prompts, result.aside)
 
     def _carry_out(self, instructions: list[m.Instruction]) -> m.Step | None:
         for instruction in instructions:

@@ -22,7 +22,8 @@ from ..alarm import Alarm
 from ..backend import Embedded, LoadSpec, StepResult
 from ..deep import MAX_TEXT_BYTES
 from . import amx, facts, files, offload
-from .binding import give_back_memory, initialise, listen, native, quick, why
+from .aside import BATCH, Asides, possible
+from .binding import available_memory, give_back_memory, initialise, listen, native, quick, why
 from .constraints import Constraints
 from .context import AbortFlag, Context, ContextSpec
 from .embedding import EmbeddingContext, embedding_facts, pooling
@@ -34,7 +35,7 @@ _DEFAULT_CONTEXT = 8192
 _DEFAULT_KV_TOKENS = 16384
 _KV_MEMORY_SHARE = 4
 _OWN_CACHES_BYTES = 256 << 20
-_MOST_SLOTS = 256  # llama.cpp's own limit
+_MOST_SLOTS = 255  # llama.cpp's own limit is one more, which parts of sequences pass through
 _MOST_ADAPTERS = 32
 """Freed with the model only, as the KV cache's sequences refer to them."""
 
@@ -49,6 +50,7 @@ class LlamaBackend:
         self._shared: Context | None = None
         self._private: Context | None = None
         self._private_slot, self._kv = -1, facts.KV_TYPES["f16"]
+        self._asides: Asides | None = None
         self._embedding: EmbeddingContext | None = None
         self._embedding_facts: EmbeddingFacts | None = None
         self._flag = AbortFlag()
@@ -106,6 +108,9 @@ class LlamaBackend:
             quick.llama_model_is_recurrent(model) or quick.llama_model_is_hybrid(model)
         )
         context_size, shape = self._sizes(spec)
+        offloaded = layers and quick.llama_supports_gpu_offload()
+        moves = not shape.own and self._can_trim and not offloaded and possible()
+        shape = replace(shape, moves=moves)
         self._private_slot, self._kv = shape.slots, shape.kv
         self._shared = Context(model, constraints, shape, self._flag)
         if not self._shared.ok:
@@ -120,6 +125,10 @@ class LlamaBackend:
             raise ModelLoadFailed(f"the model failed on its first token: {error}") from error
         if wrong is not None:
             raise ModelLoadFailed(wrong)
+        cell = facts.kv_bytes_per_token(model, shape.kv)
+        if shape.moves:
+            own = replace(shape, slots=1, batch_tokens=BATCH)
+            self._asides = Asides(model, constraints, self._shared, own, cell)
         texts = vocabulary.texts()
         return replace(
             self._facts(layers),
@@ -133,7 +142,8 @@ class LlamaBackend:
             slots=shape.slots,
             can_copy=not shape.own,
             can_trim=self._can_trim,
-            kv_bytes_per_token=facts.kv_bytes_per_token(model, shape.kv),
+            can_read_aside=shape.moves,
+            kv_bytes_per_token=cell,
         )
 
     def _load_embedding(self, layers: int) -> ModelFacts:
@@ -204,7 +214,7 @@ class LlamaBackend:
             )
         kv = facts.KV_TYPES[spec.kv_type]
         per_token = facts.kv_bytes_per_token(self._model, kv)
-        pool, free = spec.kv_tokens, spec.free_bytes or _available_memory()
+        pool, free = spec.kv_tokens, spec.free_bytes or available_memory()
         if pool * per_token > free:
             raise ModelLoadFailed(
                 f"ShimmyEngine.kv_tokens {pool} needs "
@@ -228,6 +238,9 @@ class LlamaBackend:
     def unload(self) -> None:
         self._alarm.close()
         with self._in_use:
+            if self._asides is not None:
+                self._asides.close()
+                self._asides = None
             self._close_private()
             if self._embedding is not None:
                 self._embedding.close()
@@ -300,20 +313,26 @@ class LlamaBackend:
             case CloseSlot(slot=slot) if slot == self._private_slot:
                 self._close_private()
             case _:
+                if self._asides is not None and isinstance(change, CloseSlot):
+                    self._asides.closing(change.slot)
                 shared.apply(change)
 
     def step(self, step: Step, threads: int, limit: float | None = None) -> StepResult:
-        began = time.perf_counter()
-        private = step.rows[0].slot == self._private_slot
+        rows = step.rows
+        private = bool(rows) and rows[0].slot == self._private_slot
         context = self._private if private else self._shared
         if context is None:
             raise EngineCrashed("there is no memory for a context of its own at the moment")
-        rows = step.rows
+        adapter = self._adapters[step.adapter] if step.adapter else None
+        aside_seconds = 0.0
+        if step.aside is not None and self._asides is not None:
+            aside_seconds = self._asides.go(step.aside, threads, adapter)
+        began = time.perf_counter()
         if limit is not None and self._can_trim:
             self._alarm.arm(limit)
         try:
-            adapter = self._adapters[step.adapter] if step.adapter else None
-            done = context.decode(rows, self._private_threads if private else threads, adapter)
+            threads = self._private_threads if private else threads
+            done = context.decode(rows, threads, adapter) if rows else (0.0, [])
         finally:
             self._alarm.disarm()
             # Not before the step: an abort that comes just then would be lost.
@@ -324,7 +343,10 @@ class LlamaBackend:
         # First, as sampling may change the logits.
         prompts = context.scores(rows)
         sampled = [one for ask in asked for one in context.sample(ask)]
-        return StepResult(tuple(sampled), seconds, prompts=prompts)
+        read = None
+        if step.aside is not None and self._asides is not None:
+            read = self._asides.collect(aside_seconds)
+        return StepResult(tuple(sampled), seconds, prompts=prompts, aside=read)
 
     def embed(self, rows: tuple[Row, ...], threads: int, limit: float | None = None) -> Embedded:
         began = time.perf_counter()
@@ -366,9 +388,3 @@ def _be_nice(nice: int) -> None:
     """For this thread and those that it starts, which compute. Elsewhere it is the whole process."""
     if nice and sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
-
-
-def _available_memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -22,7 +22,7 @@ os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
 import llama_cpp.llama_cpp as native
 
-__all__ = ["give_back_memory", "initialise", "listen", "native", "quick", "why"]
+__all__ = ["available_memory", "give_back_memory", "initialise", "listen", "native", "quick", "why"]
 
 log = logging.getLogger("shimmy_jupyter.llama")
 
@@ -73,6 +73,13 @@ def why(path: str) -> str:
     reason = line.rpartition("error loading model: ")[2].replace(path, Path(path).name)
     # Also of other files, such as a model's further parts.
     return re.sub(r"(?:[A-Za-z]:)?[/\\][^'\"]*[/\\]", "", reason)
+
+
+def available_memory() -> int:
+    """Bytes that could be used without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def give_back_memory() -> None:

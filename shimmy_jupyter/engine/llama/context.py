@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...core.messages import (
     MOST_SCORES,
@@ -43,14 +43,23 @@ Asked = tuple[int, int, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class ContextSpec:
-    """Sizes in tokens. With `own` each slot has its own part of the cache."""
+    """Sizes in tokens. With `own` each slot has its own part of the cache; with `moves` there is one more
+    sequence, by way of which parts of others come and go.
+    """
 
     kv_tokens: int
     slots: int
     batch_tokens: int
     threads: int
     own: bool = False
+    moves: bool = False
     kv: KvType = KV_TYPES["f16"]
+
+
+class Interrupt(Protocol):
+    """What llama.cpp asks between two nodes whether to go on."""
+
+    def attach(self, context: Any) -> None: ...
 
 
 class AbortFlag:
@@ -78,12 +87,12 @@ class Context:
     """One thread uses it. Where llama.cpp could not make it, `ok` is False."""
 
     def __init__(
-        self, model: Any, constraints: Constraints, spec: ContextSpec, flag: AbortFlag
+        self, model: Any, constraints: Constraints, spec: ContextSpec, flag: Interrupt
     ) -> None:
         params = native.llama_context_default_params()
         params.n_ctx = spec.kv_tokens
         params.n_batch = params.n_ubatch = spec.batch_tokens
-        params.n_seq_max = spec.slots
+        params.n_seq_max = spec.slots + spec.moves
         params.n_outputs_max = spec.slots + MOST_SCORES
         params.n_threads = params.n_threads_batch = spec.threads
         params.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_AUTO
@@ -104,6 +113,9 @@ class Context:
         self._adapter: Any = None
         self._threads = spec.threads
         self._alone = spec.slots == 1
+        self._passing = spec.slots
+        """The one by way of which parts come and go."""
+        self._passed = bytearray()
         if not self.ok:
             return
         self.memory = quick.llama_get_memory(self.handle)
@@ -119,7 +131,7 @@ class Context:
         for slot in list(self.samplers):
             self._close_sampler(slot)
         self.saved.clear()
-        self._spare = bytearray()
+        self._spare = self._passed = bytearray()
         native.llama_batch_free(self.batch)
         native.llama_free(self.handle)
 
@@ -131,9 +143,9 @@ class Context:
                 self.samplers[change.slot] = self._sampler(change)
             case CloseSlot():
                 self._close_sampler(change.slot)
-                self._trim(change.slot, change.keep)
+                self.trim(change.slot, change.keep)
             case TrimSlot():
-                self._trim(change.slot, change.tokens)
+                self.trim(change.slot, change.tokens)
             case CopyPrefix(source, target, tokens):
                 quick.llama_memory_seq_cp(self.memory, source, target, 0, tokens)
             case SaveSlot():
@@ -155,25 +167,44 @@ class Context:
     def _close_sampler(self, slot: int) -> None:
         self.samplers.pop(slot).close()
 
-    def _trim(self, slot: int, tokens: int) -> None:
+    def trim(self, slot: int, tokens: int) -> None:
         """Forget positions from `tokens` on."""
         quick.llama_memory_seq_rm(self.memory, slot, tokens or -1, -1)
 
     def _save(self, slot: int, key: int) -> None:
-        size = quick.llama_state_seq_get_size(self.handle, slot)
         spare, self._spare = self._spare, bytearray()
+        self.saved[key] = self._copied(slot, spare)
+
+    def _copied(self, slot: int, buffer: bytearray) -> tuple[bytearray, int]:
+        """Its KV, in the buffer if that is of the right size, and how much of it that is."""
+        size = quick.llama_state_seq_get_size(self.handle, slot)
         # No array of ctypes: each size would be a type of its own, which stays for long.
-        data = spare if size <= len(spare) <= size + size // _SLACK else bytearray(size)
+        data = buffer if size <= len(buffer) <= size + size // _SLACK else bytearray(size)
         begin = ctypes.byref(ctypes.c_uint8.from_buffer(data))
         if native.llama_state_seq_get_data(self.handle, begin, size, slot) != size:
             raise EngineLost("llama.cpp could not save a sequence's KV")
-        self.saved[key] = data, size
+        return data, size
 
     def _restore(self, key: int, slot: int) -> None:
-        data, size = self.saved[key]
+        self._fill_slot(slot, *self.saved[key])
+
+    def _fill_slot(self, slot: int, data: bytearray, size: int) -> None:
         begin = ctypes.byref(ctypes.c_uint8.from_buffer(data))
         if not native.llama_state_seq_set_data(self.handle, begin, size, slot):
             raise EngineLost("llama.cpp could not restore a sequence's KV")
+
+    def part(self, slot: int, begin: int, end: int) -> tuple[bytearray, int]:
+        """The KV of positions `begin` to `end`, in a buffer that holds it until the next call, and its size."""
+        quick.llama_memory_seq_cp(self.memory, slot, self._passing, begin, end)
+        self._passed, size = self._copied(self._passing, self._passed)
+        self.trim(self._passing, 0)
+        return self._passed, size
+
+    def add(self, slot: int, data: bytearray, size: int) -> None:
+        """Let a slot have what another context's `part` was."""
+        self._fill_slot(self._passing, data, size)
+        quick.llama_memory_seq_cp(self.memory, self._passing, slot, -1, -1)
+        self.trim(self._passing, 0)
 
     # Decoding
 
@@ -196,7 +227,7 @@ class Context:
         seconds = time.perf_counter() - began
         if code == _ABORTED:
             for row in rows:
-                self._trim(0 if self._alone else row.slot, row.start)
+                self.trim(0 if self._alone else row.slot, row.start)
             return None
         if code != 0:
             raise EngineCrashed(f"llama.cpp could not decode this batch (llama_decode: {code})")
