@@ -58,8 +58,9 @@ def _beside(side: peers.Side, long: int, streams: int, alone: float, seed: str) 
         "beside",
         seed=f"{seed} {streams}",
         clients=streams,
-        # As long as fits beside the prompt: ours reserves what is asked for.
-        max_tokens=1400,
+        # They outlast the prompt. Ours reserves what is asked for, and lets one user have three quarters
+        # of the cache: with more the prompt would not be read, but wait for them.
+        max_tokens=960,
         long_tokens=long,
         quiet=2.0,
     )
