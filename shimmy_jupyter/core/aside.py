@@ -16,8 +16,6 @@ from . import messages as m
 from .pace import TILE, Pace
 from .sequence import Sequence, State
 
-ASIDE_LEAST = 512
-"""Tokens of a prompt from which on it is worth a context of its own."""
 _MOST_TILES = 2
 """In a slice. A node of the graph takes the longer the more there are, and is not held halfway."""
 
@@ -25,9 +23,9 @@ _MOST_TILES = 2
 class Aside:
     """At most one prompt at a time. It stays the same one until it is read, or nobody decodes."""
 
-    def __init__(self, pace: Pace, *, possible: bool) -> None:
+    def __init__(self, pace: Pace, least: int) -> None:
         self._pace = pace
-        self._possible = possible
+        self._least = least
         self._sequence: Sequence | None = None
         self._slice: m.Aside | None = None
         """What has begun."""
@@ -45,12 +43,7 @@ class Aside:
 
     def suits(self, sequence: Sequence, left: int) -> bool:
         """Whether `left` tokens of its prompt are better read aside, with one of them for a step."""
-        return (
-            self._possible
-            and left >= ASIDE_LEAST
-            and not sequence.scores_prompt
-            and not sequence.aside_refused
-        )
+        return 0 < self._least <= left and not sequence.scores_prompt and not sequence.aside_refused
 
     def start(self, sequence: Sequence) -> None:
         self._sequence = sequence

@@ -26,8 +26,8 @@ class Capacity:
     `can_trim`: whether a slot's KV can be cut short. `saved_tokens` of KV fit into host memory.
     `weights` are the shares of principals; 1 for whoever is not named. With `lookup` a sequence that
     decodes alone has its next tokens guessed. `idle_rows` of steps cost as much as to move what is kept
-    out of their way; 0: it stays while there is room. `can_read_aside`: whether a context of its own may
-    read a prompt, with `Aside`.
+    out of their way; 0: it stays while there is room. Prompts of which at least `aside_tokens` are
+    to be read beside others may be read with `Aside`; 0: none.
     """
 
     slots: int
@@ -44,7 +44,7 @@ class Capacity:
     saved_tokens: int = 0
     lookup: bool = False
     idle_rows: int = 0
-    can_read_aside: bool = False
+    aside_tokens: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -45,7 +45,7 @@ class Planner:
         self._line = line
         self._pace = pace
         self._admitted = admitted
-        self._aside = Aside(pace, possible=capacity.can_read_aside)
+        self._aside = Aside(pace, capacity.aside_tokens)
         self._aside_turn = False
         """Whether the last step with several prompts to read was for the one that is read aside."""
         self._turn = 0
@@ -126,7 +126,7 @@ class Planner:
             if aside.sequence in work.reading and not work.ready and not aside.begun():
                 aside.stop()
             return
-        small = self._capacity.can_read_aside and 0 < work.piece.tokens < 2 * TILE
+        small = self._capacity.aside_tokens and 0 < work.piece.tokens < 2 * TILE
         sequence = self._next_prompt(work) if work.ready and small else None
         if sequence is None:
             return
@@ -140,13 +140,19 @@ class Planner:
             aside.start(sequence)
 
     def _is_asides_turn(self, work: _Work, reader: Sequence) -> bool:
-        """Others go first where they have had less; where they have not, both have turns."""
+        """Of another principal, whoever has not had more goes first; otherwise both have turns. A short
+        prompt that has begun ends first.
+        """
         other = self._next_prompt(work)
         if other is None:
             return True
-        counters = self._line.counters
+        if other.state is State.PREFILL and other.prompt_left < self._capacity.aside_tokens:
+            return False
+        counters, own = self._line.counters, reader.principal
+        if other.principal != own and counters[other.principal] <= counters[own]:
+            return False
         self._aside_turn = not self._aside_turn
-        return self._aside_turn and counters[reader.principal] <= counters[other.principal]
+        return self._aside_turn
 
     def _step_aside(self, work: _Work, reader: Sequence, waiting: int) -> m.Step:
         ready = work.ready

@@ -12,9 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..core.messages import AsideRead, PromptScores, Row, Sampled, SlotChange, Step
+from ..core.idleness import IDLE_ROWS
+from ..core.messages import AsideRead, Capacity, PromptScores, Row, Sampled, SlotChange, Step
 from ..core.room import running_limit
 from ..types import Constraint, ModelFacts
+
+_ASIDE_TOKENS = 512
+"""Of a prompt, from which on it is worth a context of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,27 @@ class Sharing:
     weights: Mapping[str, float] = field(default_factory=dict)
     saved_bytes: int = 0
     public: tuple[str, ...] = ()
+
+
+def capacity_of(facts: ModelFacts, spec: LoadSpec, sharing: Sharing, queue: int) -> Capacity:
+    """What the scheduler may do with a loaded model, for which `queue` requests may wait."""
+    # Not of a recurrent state, which has a size of its own.
+    saved = sharing.saved_bytes // facts.kv_bytes_per_token if facts.can_trim else 0
+    return Capacity(
+        slots=facts.slots,
+        sequences=spec.sequences,
+        kv_tokens=facts.kv_tokens,
+        context_size=facts.context_size,
+        batch_tokens=spec.batch_tokens,
+        queue=queue,
+        can_copy=facts.can_copy,
+        can_trim=facts.can_trim,
+        saved_tokens=saved,
+        weights=sharing.weights,
+        lookup=spec.prompt_lookup and facts.can_copy,  # guesses change sums
+        idle_rows=0 if facts.offloaded_layers else IDLE_ROWS,
+        aside_tokens=_ASIDE_TOKENS if facts.can_read_aside else 0,
+    )
 
 
 @dataclass(frozen=True, slots=True)

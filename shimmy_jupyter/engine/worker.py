@@ -19,7 +19,6 @@ from typing import TypeVar
 
 from ..core import messages as m
 from ..core.governor import Governor
-from ..core.idleness import IDLE_ROWS
 from ..core.scheduler import Scheduler
 from ..errors import (
     EngineCrashed,
@@ -30,7 +29,7 @@ from ..errors import (
     from_failure,
 )
 from ..types import Ended, Failure, FinishReason, ModelFacts, Sampling, Timings, Usage
-from .backend import Backend, LoadSpec, Sharing
+from .backend import Backend, LoadSpec, Sharing, capacity_of
 from .errands import Errand, Errands
 from .statistics import EngineSnapshot, EngineStatistics, snapshot_of
 from .stream import TokenStream
@@ -223,23 +222,7 @@ class Engine:
         return True
 
     def _plan_for(self, facts: ModelFacts) -> None:
-        # Not of a recurrent state, which has a size of its own.
-        saved = self._sharing.saved_bytes // facts.kv_bytes_per_token if facts.can_trim else 0
-        capacity = m.Capacity(
-            slots=facts.slots,
-            sequences=self.spec.sequences,
-            kv_tokens=facts.kv_tokens,
-            context_size=facts.context_size,
-            batch_tokens=self.spec.batch_tokens,
-            queue=self._queue_size,
-            can_copy=facts.can_copy,
-            can_trim=facts.can_trim,
-            can_read_aside=facts.can_read_aside,
-            saved_tokens=saved,
-            weights=self._sharing.weights,
-            lookup=self.spec.prompt_lookup and facts.can_copy,  # guesses change sums
-            idle_rows=0 if facts.offloaded_layers else IDLE_ROWS,
-        )
+        capacity = capacity_of(facts, self.spec, self._sharing, self._queue_size)
         self.scheduler = Scheduler(capacity, guess=2 * max(facts.parameters, 1) / _FLOPS)
         self.governor = Governor(facts.threads, fixed=self.spec.threads > 0)
 

@@ -30,11 +30,12 @@ CAPACITIES = [
     m.Capacity(
         slots=slots, kv_tokens=400, context_size=160, batch_tokens=48, queue=12, sequences=3,
         can_copy=copy, can_trim=trim, saved_tokens=saved, weights=WEIGHTS, lookup=lookup,
-        idle_rows=idle,
+        idle_rows=idle, aside_tokens=aside,
     )
-    for slots, copy, trim, saved, lookup, idle in (
-        (8, True, True, 150, True, 0), (8, True, True, 150, True, 20), (5, True, True, 0, True, 20),
-        (4, False, True, 120, False, 20), (6, True, False, 200, True, 20),
+    for slots, copy, trim, saved, lookup, idle, aside in (
+        (8, True, True, 150, True, 0, 40), (8, True, True, 150, True, 20, 20),
+        (5, True, True, 0, True, 20, 0), (4, False, True, 120, False, 20, 0),
+        (6, True, False, 200, True, 20, 0),
     )
 ]  # fmt: skip
 
@@ -53,7 +54,7 @@ class Machine(RuleBasedStateMachine):
         self.cells: dict[int, list[Cell]] = {}
         self.saved: dict[int, list[Cell]] = {}
         self.served: dict[str, float] = {}
-        self.guessed = 0
+        self.guessed = self.aside = 0
         self.scored: set[int] = set()
         """Those whose prompt's tokens have come with their log-probabilities."""
 
@@ -169,11 +170,12 @@ class Machine(RuleBasedStateMachine):
         choices=st.lists(st.sampled_from(["a", "b", "é", "a", "end", "nan"]), min_size=6),
         seconds=st.sampled_from([0.0, 0.001, 0.05, 2.0]),
         threads=st.integers(1, 2),
+        aside=st.sampled_from(["going on", "done", "done", "refused"]),
     )
-    def steps(self, choices: list[str], seconds: float, threads: int) -> None:
-        self.stepped(choices, seconds, threads)
+    def steps(self, choices: list[str], seconds: float, threads: int, aside: str) -> None:
+        self.stepped(choices, seconds, threads, aside)
 
-    def stepped(self, choices: list[str], seconds: float, threads: int) -> None:
+    def stepped(self, choices: list[str], seconds: float, threads: int, aside: str) -> None:
         self.send(m.EngineReady())
         if self.scheduler.step is None:
             return
@@ -186,20 +188,28 @@ class Machine(RuleBasedStateMachine):
                 results.append(m.Sampled(row.slot, token, piece, choice == "end", failure))
         missing = [r for r in self.scheduler.step.rows[len(choices) :] if r.sample]
         results += [m.Sampled(r.slot, 5, b"z", False) for r in missing]
-        self.finish_step(m.Stepped(tuple(results), seconds, threads))
+        self.finish_step(m.Stepped(tuple(results), seconds, threads), aside)
 
     @rule(steps=st.integers(1, 40))
     def serve(self, steps: int) -> None:
         for _ in range(steps):
-            self.stepped(["a"] * 6, 0.01, 1)
+            self.stepped(["a"] * 6, 0.01, 1, "done")
             self.agrees_with_itself()
             self.slots_hold_what_is_believed()
 
-    def finish_step(self, event: m.Stepped) -> None:
+    def finish_step(self, event: m.Stepped, aside: str) -> None:
         assert self.scheduler.step is not None
-        rows = self.scheduler.step.rows
+        rows, part = self.scheduler.step.rows, self.scheduler.step.aside
         for row in rows:
             self.write(row)
+        if part is not None:
+            assert self.scheduler.capacity.aside_tokens
+            done = aside == "done"
+            read = m.AsideRead(part.seconds, done=done, refused=aside == "refused")
+            event = replace(event, aside=read)
+            if done:
+                self.write(m.Row(part.slot, part.start, part.tokens, sample=False))
+                self.aside += 1
         assert sum(len(row.scores) for row in rows) <= m.MOST_SCORES
         prompts = tuple(
             m.PromptScores(row.slot, tuple(Scored(token, b"", -1.0) for token in row.scores))
@@ -305,7 +315,7 @@ class Machine(RuleBasedStateMachine):
                 break
             rows = self.scheduler.step.rows
             tokens = tuple(m.Sampled(r.slot, 5, b"z", False) for r in rows if r.sample)
-            self.finish_step(m.Stepped(tokens, 0.01))
+            self.finish_step(m.Stepped(tokens, 0.01), "done")
         assert not self.scheduler.sequences
         assert set(self.ends) == set(self.asked)
         assert self.scheduler.line.room.reserved_tokens == 0
@@ -350,9 +360,10 @@ def test_service_of_two_who_always_wait_differs_by_a_bounded_amount(
             gap = (counters["a"] - begun[0]) - (counters["b"] - begun[1])
             most = COMPLETION_COST * cap.kv_tokens + cap.context_size
             assert abs(gap) <= 2 * most / min(1.0, weight)
-        rows = scheduler.step.rows if scheduler.step else ()
-        done = tuple(m.Sampled(r.slot, 5, b"z", False) for r in rows if r.sample)
-        scheduler.handle(m.Stepped(done, 0.01), step)
+        planned = scheduler.step or m.Step(())
+        done = tuple(m.Sampled(r.slot, 5, b"z", False) for r in planned.rows if r.sample)
+        read = m.AsideRead(0.01, done=True) if planned.aside else None
+        scheduler.handle(m.Stepped(done, 0.01, aside=read), step)
 
 
 # 12,000 steps, and those of `serve`.

@@ -21,7 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shimmy_jupyter import errors
-from shimmy_jupyter.core.messages import OpenSlot, PromptScores, Row, Sampled, SlotChange, Step
+from shimmy_jupyter.core.messages import (
+    Aside,
+    AsideRead,
+    OpenSlot,
+    PromptScores,
+    Row,
+    Sampled,
+    SlotChange,
+    Step,
+)
 from shimmy_jupyter.engine import calls, wire
 from shimmy_jupyter.engine.backend import Embedded, LoadSpec, StepResult
 from shimmy_jupyter.engine.channel import Channel, Frames, WireError
@@ -42,7 +51,9 @@ changes = st.one_of(
     *[st.from_type(kind) for kind in typing.get_args(SlotChange) if kind is not OpenSlot],
 )
 steps = st.builds(
-    Step, st.lists(st.builds(Row, ids, ids, id_tuples, st.booleans()), max_size=5).map(tuple)
+    Step,
+    st.lists(st.builds(Row, ids, ids, id_tuples, st.booleans()), max_size=5).map(tuple),
+    aside=st.none() | st.builds(Aside, ids, ids, id_tuples, st.floats(0, 1e9), ids),
 )
 works = st.builds(
     calls.Work,
@@ -59,6 +70,7 @@ results = st.builds(
     ).map(tuple),
     st.floats(0, 1e9),
     st.booleans(),
+    aside=st.none() | st.builds(AsideRead, st.floats(0, 1e9), st.booleans()),
 )
 some = sizes.map(lambda size: size or 1)
 facts = st.builds(
@@ -77,6 +89,7 @@ facts = st.builds(
     slots=slots.map(lambda size: size or 1),
     can_copy=st.booleans(),
     can_trim=st.booleans(),
+    can_read_aside=st.booleans(),
     kv_bytes_per_token=some,
     threads=some,
     offloaded_layers=sizes,
@@ -163,6 +176,8 @@ def test_every_byte_and_odd_float_survives() -> None:
         (Embedded((), 10**400), Embedded),
         (Embedded((), math.nan), Embedded),
         (StepResult((), 10**400), StepResult),
+        (StepResult((), 0, aside=AsideRead(10**400)), StepResult),
+        (StepResult((), 0, aside=AsideRead(0.1, done=True, refused=True)), StepResult),
         (
             StepResult((), 0, prompts=(PromptScores(0, (Scored(1, b"", -math.inf),)),)),
             StepResult,
@@ -222,8 +237,13 @@ def test_what_trips_json_is_a_typed_error(text: str) -> None:
 
 
 FACTS = ModelFacts("a", "d", 1, 2, 3, 4, 5, None, {"k": "v"}, special_tokens=("x",))
-RESULT = StepResult((Sampled(1, 2, b"x", True, Failure("c", "m")),), 0.5)
-WORK = calls.Work(3, (OpenSlot(1, Sampling(), (1,)),), Step((Row(1, 2, (3,), True),)), 2, 0.5)
+RESULT = StepResult(
+    (Sampled(1, 2, b"x", True, Failure("c", "m")),), 0.5, aside=AsideRead(0.1, done=True)
+)
+ASIDE = Aside(2, 0, (4, 5), 0.1, 9)
+WORK = calls.Work(
+    3, (OpenSlot(1, Sampling(), (1,)),), Step((Row(1, 2, (3,), True),), aside=ASIDE), 2, 0.5
+)
 WRONG: list[Any] = [None, True, 0.5, "\u0100", [None], {"a": 1}, ["Done"], -1]
 
 
@@ -265,6 +285,8 @@ def test_fields_are_neither_missing_nor_added(message: Any) -> None:
         StepResult((), math.nan),
         StepResult((), math.inf),
         StepResult((), -1.0),
+        StepResult((), 0.0, aside=AsideRead(math.nan)),
+        StepResult((), 0.0, aside=AsideRead(-1.0)),
         StepResult((Sampled(2**31, 0, b"", False),), 0.0),
         StepResult((Sampled(0, -(2**31) - 1, b"", False),), 0.0),
         calls.Tokens((2**31,)),
@@ -279,6 +301,21 @@ def test_fields_are_neither_missing_nor_added(message: Any) -> None:
 def test_numbers_that_none_can_be(message: Any) -> None:
     with pytest.raises(WireError):
         wire.reply(payload(message), type(message))
+
+
+@pytest.mark.parametrize(
+    ("aside", "read", "answers"),
+    [
+        (None, None, True),
+        (ASIDE, AsideRead(0.1), True),
+        (ASIDE, None, False),
+        (None, AsideRead(0.1), False),
+    ],
+)
+def test_an_answer_says_what_was_read_aside(
+    aside: Aside | None, read: AsideRead | None, answers: bool
+) -> None:
+    assert wire.answers(Step((), aside=aside), StepResult((), 0.1, aside=read)) == answers
 
 
 def test_what_has_no_form_is_not_sent() -> None:
