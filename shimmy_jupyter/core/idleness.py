@@ -22,6 +22,10 @@ _AGAIN = 125
 """Times as much to compute a cell again: 5 ms."""
 _LEFT, _TAKEN_UP = 0.05, 0.5
 """Of the way to 0 at each sequence that is left, and to 1 at each that is gone on from."""
+_WORTH_SAVING = 1 / 16
+"""Memory that is new to a process costs ten times the copy: then to compute a cell again is some sixteen times as
+much as to save it.
+"""
 _OWNERS = 1000
 
 
@@ -65,6 +69,10 @@ class Idleness:
     def staleness(self, owner: Owner, idle: int) -> float:
         """What has the most is missed least: rows since it was of use, by the owner's worth."""
         return (idle + 1) / max(self.worth(owner), 1e-9)
+
+    def worth_saving(self, owner: Owner) -> bool:
+        """Whether enough of what the owner leaves is taken up again to be copied to host memory."""
+        return self.worth(owner) >= _WORTH_SAVING
 
     def to_move(self, idle: int) -> bool:
         """Whether it is time, after so many rows."""

@@ -134,11 +134,12 @@ class Room:
             idle = self.computed - entry.since
             if not self.idleness.to_move(idle):
                 continue
-            moved = left > 0 and self._move(entry, None, out)
-            left = left - entry.size if moved else 0
-            if not moved and self.idleness.to_drop(entry.owner, idle):
-                self.idleness.dropped(entry.owner, entry.tokens)
-                self.free_slots.append(self._drop(entry, out))
+            if left > 0 and self.idleness.worth_saving(entry.owner):
+                moved = self._move(entry, None, out)
+                left = left - entry.size if moved else 0
+                if moved:
+                    continue
+            self._drop_if_over(entry, out)
 
     def _move_before(self, rows: int, source: Entry | None, out: list[m.Instruction]) -> None:
         """Move out at once what so many rows of a sequence alone will pay for: its own cells would lie behind
@@ -150,7 +151,9 @@ class Room:
             idle = self.computed - entry.since + rows
             if entry is source or not self.idleness.to_move(idle):
                 continue
-            if not self._move(entry, source, out):
+            if not self.idleness.worth_saving(entry.owner):
+                self._drop_if_over(entry, out)
+            elif not self._move(entry, source, out):
                 return  # there is no room for others either
 
     def _may_move(self) -> int:
@@ -167,6 +170,11 @@ class Room:
         self.free_slots.append(self._drop(entry, out))
         return True
 
+    def _drop_if_over(self, entry: Entry, out: list[m.Instruction]) -> None:
+        if self._is_over(entry):
+            self.idleness.dropped(entry.owner, entry.tokens)
+            self.free_slots.append(self._drop(entry, out))
+
     def _is_over(self, entry: Entry) -> bool:
         return self.idleness.to_drop(entry.owner, self.computed - entry.since)
 
@@ -178,10 +186,12 @@ class Room:
         may_go: Callable[[Entry], bool],
     ) -> bool:
         """Copy it to host memory, dropping there what may go, but not `source`. False where that is not
-        enough; nothing is copied that is nearly all elsewhere, too.
+        enough, or where it is not worth it; nothing is copied that is nearly all elsewhere, too.
         """
         if self.prefixes.is_elsewhere(entry):
             return True
+        if not self.idleness.worth_saving(entry.owner):
+            return False
         cap, saved = self.capacity.saved_tokens, self.prefixes.saved
         needed = source.size if source is not None and source in saved.values() else 0
         if entry.size + needed > cap:
@@ -260,7 +270,8 @@ class Room:
         entry = self._stalest(self.prefixes.kept, source)
         assert entry is not None, "there is always room for what may be admitted"
         own = self._stale(entry)
-        self._save(entry, out, source, lambda other: self._stale(other) >= own)
+        if not self._save(entry, out, source, lambda other: self._stale(other) >= own):
+            self.idleness.dropped(entry.owner, entry.tokens)
         return self._drop(entry, out)
 
     def _stale(self, entry: Entry) -> float:

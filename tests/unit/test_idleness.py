@@ -1,6 +1,6 @@
 """What becomes of KV that nobody uses.
 
-Cases: the two prices; whose is taken up again and whose is not; that worth stays between 0 and 1 and
+Cases: the two prices; whose is taken up again and whose is not, which is not saved either; that worth stays between 0 and 1 and
 remembers so many owners only; off. And in the scheduler: what nobody takes up is dropped and drives nobody
 else's out; what is taken up stays, though memory is full of others'.
 """
@@ -31,6 +31,11 @@ def test_what_is_never_taken_up_goes_sooner() -> None:
     for _ in range(50):
         one.left(ANN)
     assert one.to_drop(ANN, 100)
+    assert one.worth_saving(BEN)
+    assert one.worth_saving(ANN)
+    for _ in range(10):
+        one.left(ANN)
+    assert not one.worth_saving(ANN)
     assert not one.to_drop(ANN, 9)
     assert not one.to_drop(BEN, 1000)
 
@@ -98,6 +103,19 @@ class TestScheduling:
         assert self.ask(d, 200, said, "ann") >= 160
         theirs = [e for e in d.scheduler.line.room.prefixes.kept.values() if e.owner[0] == "table"]
         assert len(theirs) < 10  # they are in nobody's way
+
+    def test_what_is_never_taken_up_is_not_copied(self) -> None:
+        d = Driver(replace(LARGE, saved_tokens=100_000, idle_rows=100))
+        self.rows(d, 10, 100)
+        first, d.said = d.said, []
+        self.rows(d, 110, 100)
+        assert any(isinstance(said, m.SaveSlot) for said in first)
+        assert not any(isinstance(said, m.SaveSlot) for said in d.said)
+        # Of this owner's, until something is taken up after all.
+        last = tuple(range(1000 * 209, 1000 * 209 + 50))
+        assert self.ask(d, 300, (*last, 7), "table") == 50
+        self.rows(d, 400, 10)
+        assert any(isinstance(said, m.SaveSlot) for said in d.said)
 
     def test_conversations_stay_where_memory_is_full_of_others(self) -> None:
         d = Driver(replace(LARGE, saved_tokens=110, idle_rows=100))
