@@ -39,7 +39,7 @@ DOWN_STEPS, DOWN_STEPS_MOST = 2, 8
 DOWN_GAIN, DOWN_GAIN_CLEAR = 0.9, 0.6
 """So much less time is a reason to go down, after all steps of a trial or already after a few."""
 DOWN_WAIT, DOWN_WAIT_MOST = 0.25, 60.0
-DOWN_SHARE = 100.0
+DOWN_SHARE = 250.0
 DOWN_NEAR = 1.25
 """Where a lower level takes less than so many times as long, a trial of a yet lower one follows."""
 SLOW, SLOWER = 1.5, 1.1
