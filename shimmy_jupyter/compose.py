@@ -71,6 +71,7 @@ def build_service(settings: Settings) -> CompletionService:
             gpu_layers=settings.gpu_layers,
             nice=settings.nice,
             free_bytes=free,
+            aside_bytes=saved,
         )
         return await LoadedModel.load(backend, spec, queue_size=settings.max_queue, sharing=sharing)
 

@@ -29,7 +29,8 @@ class LoadSpec:
     have running; `threads` 0 is as many as this process may use; `gpu_layers` -1 is as many as fit; `nice` is added to the scheduling priority of the threads
     that compute. `kv_type` is how the KV cache holds its numbers: f16, q8_0 or q4_0. With
     `prompt_lookup` a sequence that decodes alone has its next tokens guessed. `free_bytes` of memory are
-    what a cache of no set size may be a part of; 0: what the system says.
+    what a cache of no set size may be a part of; 0: what the system says. `aside_bytes` of KV are the most for a
+    prompt that is read aside.
     """
 
     path: str
@@ -44,6 +45,7 @@ class LoadSpec:
     kv_type: str = "f16"
     prompt_lookup: bool = True
     free_bytes: int = 0
+    aside_bytes: int = 1 << 30
 
     @property
     def running(self) -> int:

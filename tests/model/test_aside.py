@@ -182,6 +182,20 @@ async def test_without_memory_for_it(model_path: Path, monkeypatch: pytest.Monke
         agree(model_path, prompt, (await ask(fresh, prompt, 16, NO_END))[0], answer)
 
 
+@pytest.mark.parametrize("most", [0, 300])
+async def test_where_little_or_nothing_may_be_used(model_path: Path, most: int) -> None:
+    async with loaded(model_path, kv_tokens=4096) as model:
+        cell = model.facts.kv_bytes_per_token
+    async with loaded(model_path, kv_tokens=4096, aside_bytes=most * cell) as model:
+        assert model.facts.can_read_aside == bool(most)
+        model.engine.scheduler._planner._aside._least = LEAST
+        model.engine.scheduler._planner._pace._step_seconds = 1e-3
+        recorded = Recorded(model.engine.backend)
+        async with streaming(model, tokens(2, 40)):
+            await ask(model, tokens(1, 450), 4, NO_END)
+        assert [read.refused for read in recorded.read] == ([True] if most else [])
+
+
 class TestTurnstile:
     @pytest.fixture
     def turning(self) -> Iterator[tuple[aside.Turnstile, list[int]]]:

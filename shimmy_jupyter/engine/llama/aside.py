@@ -218,7 +218,7 @@ class Asides:
     ) -> None:
         self._model, self._constraints, self._shared = model, constraints, shared
         self._spec, self._cell = spec, cell
-        """A `cell` of the cache has so many bytes."""
+        """The largest shape; a `cell` of the cache has so many bytes."""
         self._reader: _Reader | None = None
 
     def go(self, part: m.Aside, threads: int, adapter: Any) -> float:
@@ -245,10 +245,11 @@ class Asides:
 
     def _opened(self, part: m.Aside) -> _Reader | None:
         tokens = math.ceil(part.end / 256) * 256
-        if _MEMORY_SHARE * tokens * self._cell > available_memory():
-            log.warning(
-                "no memory to read %d tokens aside: they are read in small slices", part.end
-            )
+        if (
+            tokens > self._spec.kv_tokens
+            or _MEMORY_SHARE * tokens * self._cell > available_memory()
+        ):
+            log.info("no memory to read %d tokens aside: they are read in small slices", part.end)
             return None
         spec = replace(self._spec, kv_tokens=tokens)
         return _Reader(self._model, self._constraints, self._shared, part.slot, spec)

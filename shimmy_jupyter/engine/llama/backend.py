@@ -109,8 +109,8 @@ class LlamaBackend:
         )
         context_size, shape = self._sizes(spec)
         offloaded = layers and quick.llama_supports_gpu_offload()
-        moves = not shape.own and self._can_trim and not offloaded and possible()
-        shape = replace(shape, moves=moves)
+        pooled = not shape.own and self._can_trim and not offloaded
+        shape = replace(shape, moves=pooled and spec.aside_bytes > 0 and possible())
         self._private_slot, self._kv = shape.slots, shape.kv
         self._shared = Context(model, constraints, shape, self._flag)
         if not self._shared.ok:
@@ -127,7 +127,8 @@ class LlamaBackend:
             raise ModelLoadFailed(wrong)
         cell = facts.kv_bytes_per_token(model, shape.kv)
         if shape.moves:
-            own = replace(shape, slots=1, batch_tokens=BATCH)
+            most = spec.aside_bytes // cell
+            own = replace(shape, slots=1, batch_tokens=BATCH, kv_tokens=most)
             self._asides = Asides(model, constraints, self._shared, own, cell)
         texts = vocabulary.texts()
         return replace(
