@@ -27,7 +27,7 @@ import random_gguf
 import shimmy_jupyter
 from shimmy_jupyter.compose import build_service
 from shimmy_jupyter.config import Settings
-from shimmy_jupyter.engine.backend import LoadSpec
+from shimmy_jupyter.engine.backend import LoadSpec, Sharing
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import ModelNotFound, ShuttingDown
 from shimmy_jupyter.health import health
@@ -254,6 +254,27 @@ async def test_a_shutdown_does_not_hold_the_event_loop(mode: str, folder: Path) 
         await service.close()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(end, ShuttingDown) for end in ends)
+
+    await never_held(life)
+
+
+async def test_saving_a_long_conversation_does_not_hold_the_event_loop(tmp_path: Path) -> None:
+    """260 MB of KV, which are new memory for the process."""
+    shape = random_gguf.Shape(
+        layers=8, width=128, heads=16, kv_heads=16, head_width=256, hidden=128
+    )
+    path = random_gguf.write(tmp_path / "wide.gguf", shape)
+    sharing, spec = Sharing(saved_bytes=1 << 30), {"kv_tokens": 2304, "context_size": 2048}
+
+    async def life(watch: Watch) -> None:
+        async with loaded(path, sharing, **spec) as model:
+            assert model.facts.kv_bytes_per_token * 2000 > 260e6
+            watch.phase = "read"
+            await conftest.ask(model, tuple(range(60, 260)) * 10, 1)
+            watch.phase = "save"
+            await conftest.ask(model, tuple(range(90, 290)) * 2, 1, who="ben")
+            watch.phase = "end"
+            assert model.engine.scheduler.line.room.prefixes.saved_tokens > 1900
 
     await never_held(life)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,10 +103,10 @@ class Context:
         self.handle = native.llama_init_from_model(model, params)
         self.ok = bool(self.handle)
         self.samplers: dict[int, SlotSampler] = {}
-        self.saved: dict[int, tuple[bytearray, int]] = {}
+        self.saved: dict[int, tuple[mmap.mmap, int]] = {}
         """By key, a buffer and how much of it is used."""
         self._candidates = Candidates()
-        self._spare = bytearray()
+        self._spare: mmap.mmap | None = None
         """The last buffer that was given back: memory that is new to a process costs six times the copy."""
         self._constraints = constraints
         self._vocabulary = constraints.vocabulary
@@ -115,7 +116,7 @@ class Context:
         self._alone = spec.slots == 1
         self._passing = spec.slots
         """The one by way of which parts come and go."""
-        self._passed = bytearray()
+        self._passed: mmap.mmap | None = None
         if not self.ok:
             return
         self.memory = quick.llama_get_memory(self.handle)
@@ -131,7 +132,7 @@ class Context:
         for slot in list(self.samplers):
             self._close_sampler(slot)
         self.saved.clear()
-        self._spare = self._passed = bytearray()
+        self._spare = self._passed = None
         native.llama_batch_free(self.batch)
         native.llama_free(self.handle)
 
@@ -172,35 +173,37 @@ class Context:
         quick.llama_memory_seq_rm(self.memory, slot, tokens or -1, -1)
 
     def _save(self, slot: int, key: int) -> None:
-        spare, self._spare = self._spare, bytearray()
+        spare, self._spare = self._spare, None
         self.saved[key] = self._copied(slot, spare)
 
-    def _copied(self, slot: int, buffer: bytearray) -> tuple[bytearray, int]:
+    def _copied(self, slot: int, buffer: mmap.mmap | None) -> tuple[mmap.mmap, int]:
         """Its KV, in the buffer if that is of the right size, and how much of it that is."""
         size = quick.llama_state_seq_get_size(self.handle, slot)
-        # No array of ctypes: each size would be a type of its own, which stays for long.
-        data = buffer if size <= len(buffer) <= size + size // _SLACK else bytearray(size)
-        begin = ctypes.byref(ctypes.c_uint8.from_buffer(data))
+        # No array of ctypes: each size would be a type of its own, which stays for long. And no bytearray: it
+        # is set to zero first, which takes longer than the copy, and keeps the GIL.
+        if buffer is None or not size <= len(buffer) <= size + size // _SLACK:
+            buffer = mmap.mmap(-1, size)
+        begin = ctypes.byref(ctypes.c_uint8.from_buffer(buffer))
         if native.llama_state_seq_get_data(self.handle, begin, size, slot) != size:
             raise EngineLost("llama.cpp could not save a sequence's KV")
-        return data, size
+        return buffer, size
 
     def _restore(self, key: int, slot: int) -> None:
         self._fill_slot(slot, *self.saved[key])
 
-    def _fill_slot(self, slot: int, data: bytearray, size: int) -> None:
+    def _fill_slot(self, slot: int, data: mmap.mmap, size: int) -> None:
         begin = ctypes.byref(ctypes.c_uint8.from_buffer(data))
         if not native.llama_state_seq_set_data(self.handle, begin, size, slot):
             raise EngineLost("llama.cpp could not restore a sequence's KV")
 
-    def part(self, slot: int, begin: int, end: int) -> tuple[bytearray, int]:
+    def part(self, slot: int, begin: int, end: int) -> tuple[mmap.mmap, int]:
         """The KV of positions `begin` to `end`, in a buffer that holds it until the next call, and its size."""
         quick.llama_memory_seq_cp(self.memory, slot, self._passing, begin, end)
         self._passed, size = self._copied(self._passing, self._passed)
         self.trim(self._passing, 0)
         return self._passed, size
 
-    def add(self, slot: int, data: bytearray, size: int) -> None:
+    def add(self, slot: int, data: mmap.mmap, size: int) -> None:
         """Let a slot have what another context's `part` was."""
         self._fill_slot(self._passing, data, size)
         quick.llama_memory_seq_cp(self.memory, self._passing, slot, -1, -1)
