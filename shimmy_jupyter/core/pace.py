@@ -42,7 +42,7 @@ _FIRST = 2
 _STRETCH = 2
 """Where many wait for a first token, a step may take so many times its usual time."""
 _EXACT = 1.15
-"""So many times its usual time, where what is read aside is held: that is hardly ever late."""
+"""So many times its usual time, where what is read aside is held: how late that is, is taken off."""
 _ASIDE_SHARE = 0.7
 """Of the time of the rows: what is read aside gets at least."""
 _NOTICEABLE = 0.2

@@ -21,6 +21,7 @@ from shimmy_jupyter.core import messages as m
 from shimmy_jupyter.engine.backend import Backend, StepResult
 from shimmy_jupyter.engine.llama import aside
 from shimmy_jupyter.engine.model import LoadedModel
+from shimmy_jupyter.errors import EngineCrashed
 
 from .conftest import ask, loaded
 from .test_sharing import NO_END, SHAPE, agree, tokens, until
@@ -180,6 +181,23 @@ async def test_without_memory_for_it(model_path: Path, monkeypatch: pytest.Monke
         assert [read.refused for read in recorded.read] == [True]
     async with loaded(model_path, kv_tokens=4096) as fresh:
         agree(model_path, prompt, (await ask(fresh, prompt, 16, NO_END))[0], answer)
+
+
+async def test_what_nobody_foresaw_ends_the_engine(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    async with (
+        asyncio.timeout(60),
+        slow(model_path) as (model, _),
+        model.submit("ann", tokens(2, 40), 1200, NO_END, ()) as stream,
+    ):
+        await anext(aiter(stream))
+        monkeypatch.setattr(aside, "Context", fail)
+        with pytest.raises(EngineCrashed):
+            await ask(model, tokens(1, 450), 16, NO_END)
 
 
 @pytest.mark.parametrize("most", [0, 300])

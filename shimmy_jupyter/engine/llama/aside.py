@@ -147,13 +147,16 @@ class _Reader:
         return self._turnstile.let(part.seconds)
 
     def collect(self, seconds: float) -> m.AsideRead:
-        """What `go` has come to in so many seconds; of what is done, the KV is in the slot now."""
+        """What `go` has come to in so many seconds; of what is done, the KV is in the slot now. Raises what
+        its thread has not foreseen.
+        """
         work = self._work
-        if work is None or self._context is None or not work.done.done():
+        if work is None or not work.done.done():
             return m.AsideRead(seconds)
         self._work = None
         if not work.done.result():
             return m.AsideRead(seconds, refused=True)
+        assert self._context is not None
         start = work.part.start
         moved = self._context.part(_OWN, start, start + len(work.part.tokens))
         self._shared.add(self.slot, *moved)
