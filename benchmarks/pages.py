@@ -53,13 +53,15 @@ def throughput(found: Found, bandwidth: float | None) -> str:
                 f"{number(of('shimmy', 'decode_rate'))} / {number(of('raw loop', 'decode_rate'))}",
                 spread(row["to_raw"]),
                 spread(row["to_xllamacpp"]),
+                spread(row.get("to_llama_server")),
                 number(limit and limit * row["clients"], 0),
             ]
         )
         waits.append([clients, *(percentiles(of(label, "first_ms"), 0) for label in labels)])
         gaps.append([clients, *(percentiles(of(label, "gap_ms"), 0) for label in labels)])
     head = ["clients", *labels]
-    more = ["decoding: shimmy / raw", "ratio to raw", "ratio to xllamacpp", "limit"]
+    more = ["decoding: shimmy / raw", "ratio to raw", "ratio to xllamacpp"]
+    more += ["ratio to llama-server", "limit"]
     return (
         f"Tokens per second in all, {found['tokens']} tokens an answer, from the first request to the "
         "last token. *Decoding* is while every stream runs; its ratio to the raw loop is the price "

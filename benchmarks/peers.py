@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,12 +32,13 @@ sys.path.insert(0, str(HERE.parent / "scripts"))
 
 from kernel_session import running_server
 
-OURS, RAW, HIGH, SERVER, XLLAMA = (
+OURS, RAW, HIGH, SERVER, XLLAMA, LLAMA = (
     "shimmy",
     "raw loop",
     "llama-cpp-python",
     "llama_cpp.server",
     "xllamacpp",
+    "llama-server",
 )
 START_SECONDS = 120
 
@@ -92,7 +94,24 @@ def versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    if executable := _llama_server():
+        said = _printed([executable, "--version"])
+        # "version: NUMBER (commit)", or of a source without its history "version: unknown".
+        found[LLAMA] = next((line.split()[1] for line in said if line.startswith("version:")), None)
     return found
+
+
+def _printed(command: list[str], *, failing: bool = False) -> list[str]:
+    """Lines of what it says; none where it fails and was not to."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    return done.stdout.splitlines() if failing or not done.returncode else []
+
+
+def _llama_server() -> str | None:
+    """It is in no Python package, so LLAMA_SERVER says where it is, unless it is on the PATH."""
+    return os.environ.get("LLAMA_SERVER") or shutil.which(LLAMA)
 
 
 _WHAT_BUILDS_SAY = {
@@ -107,11 +126,17 @@ def instructions() -> dict[str, str]:
     found: dict[str, str] = {}
     for name, source in _WHAT_BUILDS_SAY.items():
         command = [sys.executable, "-c", f"{source}; print('\\n', said)"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            said = done.stdout.splitlines()[-1]
-            found[name] = ", ".join(one for one in _VECTOR if f" {one} = 1" in said)
+        if said := _printed(command):
+            found[name] = _vector(said[-1])
+    if executable := _llama_server():
+        # It says so in its log before it looks for the model.
+        said = _printed([executable, "--model", os.devnull], failing=True)
+        found[LLAMA] = _vector(next((line for line in said if "system_info" in line), ""))
     return found
+
+
+def _vector(said: str) -> str:
+    return ", ".join(one for one in _VECTOR if f" {one} = 1" in said)
 
 
 def _need(*modules: str) -> None:
@@ -235,9 +260,37 @@ def xllamacpp(setup: Setup) -> Iterator[Side]:
 
 
 @contextlib.contextmanager
-def _process(command: list[Any], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def llama_server(setup: Setup) -> Iterator[Side]:
+    executable = _llama_server()
+    if executable is None:
+        raise Missing(
+            "set LLAMA_SERVER to its executable, compiled as ours is to compare schedulers"
+        )
+    key = secrets.token_hex(16)
+    command = [executable, "--model", setup.model, "--host", "127.0.0.1", "--port", "0", "--no-ui"]
+    command += ["--parallel", setup.slots, "--ctx-size", setup.kv_tokens, "--kv-unified"]
+    command += ["--threads-http", 128]  # else requests wait for one of these, not for the model
+    if not setup.cache:
+        command += ["--cache-ram", 0]
+    if setup.threads:
+        command += ["--threads", setup.threads, "--threads-batch", setup.threads]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        environment = os.environ | {"LLAMA_API_KEY": key}
+        with _process([str(part) for part in command], log, environment) as p:
+            found = _wait_for(p, log, rb"listening on http://127\.0\.0\.1:(\d+)")
+            reach = {"path": "/v1/completions", "authorization": f"Bearer {key}"}
+            with _http(LLAMA, p.pid, {"port": int(found), **reach}) as side:
+                side.fields["cache_prompt"] = setup.cache
+                yield side
+
+
+@contextlib.contextmanager
+def _process(
+    command: list[Any], log: Path, environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     try:
         yield process
     finally:
@@ -264,6 +317,7 @@ SIDES: dict[str, Callable[[Setup], AbstractContextManager[Side]]] = {
     HIGH: high_level,
     SERVER: llama_cpp_server,
     XLLAMA: xllamacpp,
+    LLAMA: llama_server,
 }
 
 

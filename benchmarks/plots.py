@@ -17,6 +17,7 @@ COLOURS = {
     "llama-cpp-python": "#8d96a3",
     "llama_cpp.server": "#edae49",
     "xllamacpp": "#00798c",
+    "llama-server": "#6a4c93",
 }
 mpl.rcParams |= {
     "svg.hashsalt": "shimmy",

@@ -36,9 +36,10 @@ prompts have a beginning in common except where that is the question. *shimmy* i
 its authenticated handlers, and chooses its threads itself. *raw loop* is `llama_decode` and the same
 sampler chains, nothing else. *llama-cpp-python* is its high-level API without HTTP, *llama_cpp.server*
 its server, told not to interrupt requests; both serve one request at a time. *xllamacpp* is
-llama-server's scheduler in a Python process. Unless said otherwise they have a thread for each core.
-xllamacpp is published for any processor with AVX2, ours and the other peers are compiled on the machine:
-where these compute with more, a ratio to xllamacpp tells of the builds, and where all have AVX2 of the schedulers.
+llama-server's scheduler in a Python process, *llama-server* the program itself. Unless said otherwise they
+have a thread for each core. xllamacpp is published for any processor with AVX2, ours and the other peers are
+compiled on the machine: where these compute with more, a ratio to xllamacpp tells of the builds, and where all
+have AVX2 of the schedulers.
 
 The models have random weights in the shape of real ones, so they run at the speed of these; they never
 end an answer by themselves, and a client can count their tokens."""

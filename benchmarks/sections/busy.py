@@ -25,7 +25,11 @@ def labels(plan: Plan) -> dict[str, tuple[str, int]]:
     # One core fewer is what a single busy process leaves.
     found |= {f"shimmy, {n} threads": (peers.OURS, n) for n in sorted({max(1, cores - 1), cores})}
     # A default is one of the fixed settings under another name.
-    for name, default in ((peers.SERVER, max(cores // 2, 1)), (peers.XLLAMA, physical)):
+    for name, default in (
+        (peers.SERVER, max(cores // 2, 1)),
+        (peers.XLLAMA, physical),
+        (peers.LLAMA, physical),
+    ):
         found[f"{name}, default ({default})"] = (name, 0)
         found |= {f"{name}, {n}": (name, n) for n in fixed if n != default}
     return {label: one for label, one in found.items() if one[0] in plan.sides}

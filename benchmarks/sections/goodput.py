@@ -17,12 +17,12 @@ from . import Plan, in_turn
 
 FIRST_MS, GAP_MS = 2000, 200
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25)
-"""Of the arrivals that the quicker of ours and xllamacpp can just answer."""
+"""Of the arrivals that the quickest, but one that serves one at a time, can just answer."""
 
 
 def run(plan: Plan) -> dict[str, Any]:
     threads = peers.cores()
-    names = plan.among(peers.OURS, peers.XLLAMA, peers.SERVER)
+    names = plan.among(peers.OURS, peers.XLLAMA, peers.LLAMA, peers.SERVER)
     wanted = {
         name: (name, plan.setup(threads=0 if name == peers.OURS else threads)) for name in names
     }

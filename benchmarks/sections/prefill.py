@@ -17,7 +17,7 @@ def run(plan: Plan) -> dict[str, Any]:
     threads, long = peers.cores(), 400 if plan.quick else plan.long_tokens
     wanted = {
         name: (name, plan.setup(threads=0 if name == peers.OURS else threads))
-        for name in plan.among(peers.OURS, peers.XLLAMA, peers.RAW)
+        for name in plan.among(peers.OURS, peers.XLLAMA, peers.LLAMA, peers.RAW)
     }
     rounds: list[dict[str, Any]] = []
     with peers.opened(wanted) as (sides, skipped):

@@ -55,6 +55,7 @@ def _row(plan: Plan, sides: dict[str, peers.Side], clients: int) -> dict[str, An
         "sides": {label: _summary(label, rounds, seen[label]) for label in labels},
         "to_raw": stats.ratio(rounds, peers.OURS, peers.RAW, "decode_rate"),
         "to_xllamacpp": stats.ratio(rounds, peers.OURS, peers.XLLAMA, "rate"),
+        "to_llama_server": stats.ratio(rounds, peers.OURS, peers.LLAMA, "rate"),
         "to_server": stats.ratio(rounds, peers.OURS, peers.SERVER, "rate"),
     }
     print(_line(row), flush=True)

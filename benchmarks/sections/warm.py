@@ -17,7 +17,7 @@ def run(plan: Plan) -> dict[str, Any]:
     prefix = 200 if plan.quick else PREFIX
     wanted = {
         name: (name, plan.setup(threads=0 if name == peers.OURS else threads, cache=True))
-        for name in plan.among(peers.OURS, peers.XLLAMA, peers.SERVER, peers.RAW)
+        for name in plan.among(peers.OURS, peers.XLLAMA, peers.LLAMA, peers.SERVER, peers.RAW)
     }
     rounds: list[dict[str, Any]] = []
     with peers.opened(wanted) as (sides, skipped):

@@ -30,16 +30,15 @@ class Aside:
         self._slice: m.Aside | None = None
         """What has begun."""
 
-    @property
-    def sequence(self) -> Sequence | None:
-        """The one whose prompt is being read, as long as it wants that."""
+    def current(self) -> Sequence | None:
+        """The one whose prompt is being read; one that has moved on since is forgotten."""
         if self._sequence is not None and self._sequence.state is not State.PREFILL:
             self.stop()
         return self._sequence
 
     def begun(self) -> bool:
         """Whether a slice has begun and is not done."""
-        return self.sequence is not None and self._slice is not None
+        return self.current() is not None and self._slice is not None
 
     def suits(self, sequence: Sequence, left: int) -> bool:
         """Whether `left` tokens of its prompt are better read aside, with one of them for a step."""

@@ -109,7 +109,7 @@ class Planner:
         )
         work = _Work(adapter, ready, reading, piece)
         self._choose_aside(work, now, out)
-        reader = self._aside.sequence
+        reader = self._aside.current()
         if reader in reading:
             reading.remove(reader)
             if self._is_asides_turn(work, reader):
@@ -122,8 +122,9 @@ class Planner:
         decodes: alone, whole batches are as quick.
         """
         aside = self._aside
-        if aside.sequence is not None:
-            if aside.sequence in work.reading and not work.ready and not aside.begun():
+        current = aside.current()
+        if current is not None:
+            if current in work.reading and not work.ready and not aside.begun():
                 aside.stop()
             return
         small = self._capacity.aside_tokens and 0 < work.piece.tokens < 2 * TILE
