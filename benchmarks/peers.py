@@ -96,7 +96,6 @@ def versions() -> dict[str, str | None]:
             found[name] = None
     if executable := _llama_server():
         said = _printed([executable, "--version"])
-        # "version: NUMBER (commit)", or of a source without its history "version: unknown".
         found[LLAMA] = next((line.split()[1] for line in said if line.startswith("version:")), None)
     return found
 
@@ -130,7 +129,7 @@ def instructions() -> dict[str, str]:
             found[name] = _vector(said[-1])
     if executable := _llama_server():
         # It says so in its log before it looks for the model.
-        said = _printed([executable, "--model", os.devnull], failing=True)
+        said = _printed([executable, "--verbosity", "5", "--model", os.devnull], failing=True)
         found[LLAMA] = _vector(next((line for line in said if "system_info" in line), ""))
     return found
 
