@@ -129,11 +129,11 @@ class Soak:
         self._model = model
         self._random = Random(seed)
         self._kills = kills
-        self._ends: Counter[int] = Counter()
-        # Weakly: what the soak itself holds on to would look like a leak.
+        # A byte for each stream, and streams weakly: what the soak itself holds on to would look like a leak.
+        self._ends = bytearray()
+        """How often each has ended."""
         self._streams: weakref.WeakSet[TokenStream] = weakref.WeakSet()
         self._serials: weakref.WeakKeyDictionary[TokenStream, int] = weakref.WeakKeyDictionary()
-        self._started = 0
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._shared = [prompts.text(120 + 40 * i, f"shared {seed} {i}") for i in range(6)]
         self._tasks: set[asyncio.Task[None]] = set()
@@ -245,8 +245,8 @@ class Soak:
 
     def _serial(self, stream: TokenStream) -> int:
         if stream not in self._serials:
-            self._started += 1
-            self._serials[stream] = self._started
+            self._serials[stream] = len(self._ends)
+            self._ends.append(0)
         return self._serials[stream]
 
     @contextlib.contextmanager
@@ -280,7 +280,7 @@ class Soak:
             say(f"ended as nothing should: {unknown}")
         if report.outcomes.total() != report.started:
             say(f"{report.started} requests, {report.outcomes.total()} outcomes")
-        wrong = Counter(self._ends[serial] for serial in range(1, self._started + 1))
+        wrong = Counter(self._ends)
         wrong.pop(1, None)
         if wrong:
             say(f"streams by how often they ended: {dict(wrong)}")
