@@ -300,6 +300,8 @@ class ModelFacts:
     """Whether a slot's KV can be cut short; recurrent models can only forget all of it."""
     can_read_aside: bool = False
     """Whether a long prompt can be read in a context of its own beside those that decode."""
+    row_block: int = 1
+    """Beyond the first so many rows of a step, each begun block of as many takes the time of a whole one."""
     kv_bytes_per_token: int = 1
     threads: int = 1
     """Threads that may compute, at most."""

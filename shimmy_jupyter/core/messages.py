@@ -27,7 +27,8 @@ class Capacity:
     `weights` are the shares of principals; 1 for whoever is not named. With `lookup` a sequence that
     decodes alone has its next tokens guessed. `idle_rows` of steps cost as much as to move what is kept
     out of their way; 0: it stays while there is room. Prompts of which at least `aside_tokens` are
-    to be read beside others may be read with `Aside`; 0: none.
+    to be read beside others may be read with `Aside`; 0: none. Of a step's rows, whole blocks of
+    `row_block` are computed.
     """
 
     slots: int
@@ -45,6 +46,7 @@ class Capacity:
     lookup: bool = False
     idle_rows: int = 0
     aside_tokens: int = 0
+    row_block: int = 1
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @property

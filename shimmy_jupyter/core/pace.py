@@ -5,6 +5,9 @@ than with one, so the rate of each number is measured. How much of a prompt to d
 much as keeps a step within its time. Where the rows leave little of that, those who wait for their
 first token and those who wait for their next one share the step by their numbers.
 
+Some processors compute whole blocks of rows: one row more than a block takes the time of two. A slice
+does not go just beyond one.
+
 Far into a prompt attention takes most of the time, and on a processor llama.cpp computes it in tiles
 of `TILE` rows of the batch, at half the cost of single rows, where a batch has as many. A batch that is
 no multiple of that pays for its last tile in full. And a tile computes for each of its rows what any of
@@ -102,13 +105,21 @@ class Pace:
     """Measured seconds: of decode steps by their rows, and of slices of prompts by their tokens.
 
     Thread counts have figures of their own, as they differ by more than what is decided here.
-    `guess` is the seconds of a prompt token before anything has been measured.
+    `guess` is the seconds of a prompt token before anything has been measured. Beyond the first `row_block`
+    rows of a batch each such block takes the same time, however few rows are in it.
     """
 
     def __init__(
-        self, *, batch_tokens: int, step_seconds: float, prompt_seconds: float, guess: float
+        self,
+        *,
+        batch_tokens: int,
+        step_seconds: float,
+        prompt_seconds: float,
+        guess: float,
+        row_block: int = 1,
     ) -> None:
         self._batch_tokens = batch_tokens
+        self._row_block = row_block
         self._step_seconds = step_seconds
         self._prompt_seconds = prompt_seconds
         self._guess = guess
@@ -186,7 +197,7 @@ class Pace:
         for together in (True, False):
             in_batch = rows if together else 0
             line = self._line(together=together, tiled=False)
-            few = min(line.tokens(room), TILE - 1 - in_batch)
+            few = self._whole(in_batch, min(line.tokens(room), TILE - 1 - in_batch))
             found.append((line.rate(max(few, 1), beside), Slice(few, together)))
             line = self._line(together=together, tiled=True)
             tiles = (min(line.tokens(room), most) + in_batch) // TILE * TILE - in_batch
@@ -228,8 +239,15 @@ class Pace:
         """Tokens for a step that nobody else waits for."""
         tiles = max(self._line(together=False, tiled=True).tokens(room), TILE)
         few = min(self._line(together=False, tiled=False).tokens(room), TILE - 1)
+        few = self._whole(0, few)
         most = self._batch_tokens
         return min(max(min(tiles, most) // TILE * TILE, few, _LEAST), most)
+
+    def _whole(self, rows: int, tokens: int) -> int:
+        """So many tokens beside `rows`, or as many as fill blocks."""
+        block = self._row_block
+        blocks = max((rows + tokens) // block, -(-rows // block), 1)
+        return min(tokens, blocks * block - rows)
 
     def _line(self, *, together: bool, tiled: bool) -> _Line:
         """What has not been measured lately takes as long as what differs least from it. Beside rows

@@ -35,6 +35,7 @@ class Scheduler:
             step_seconds=capacity.step_seconds,
             prompt_seconds=capacity.prompt_seconds,
             guess=guess,
+            row_block=capacity.row_block,
         )
         self._planner = Planner(capacity, self.line, self.pace, self._admitted)
         self._handlers: dict[type, Callable[..., list[m.Instruction]]] = {

@@ -85,6 +85,7 @@ def capacity_of(facts: ModelFacts, spec: LoadSpec, sharing: Sharing, queue: int)
         lookup=spec.prompt_lookup and facts.can_copy,  # guesses change sums
         idle_rows=0 if facts.offloaded_layers else IDLE_ROWS,
         aside_tokens=_ASIDE_TOKENS if facts.can_read_aside else 0,
+        row_block=facts.row_block,
     )
 
 

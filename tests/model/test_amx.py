@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shimmy_jupyter.engine.backend import LoadSpec
+from shimmy_jupyter.engine.backend import LoadSpec, Sharing, capacity_of
 from shimmy_jupyter.engine.llama import LlamaBackend, amx, amx_trial
 from shimmy_jupyter.engine.llama.binding import native
 from shimmy_jupyter.models.sources import BUNDLED
@@ -104,6 +104,34 @@ class TestTrial:
         monkeypatch.setattr(amx_trial, "difference", difference)
         assert amx_trial.main() == 0
         assert seen == ["self-test.gguf", "q4_0.gguf"]
+
+
+@pytest.mark.usefixtures("forgetful")
+class TestRowBlock:
+    @pytest.mark.parametrize(
+        ("build", "present", "fault", "rows"),
+        [
+            (b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", True, None, 32),
+            (b"CPU : AVX2 = 1 | ", True, None, 1),
+            (b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", False, None, 1),
+            (b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", True, "it crashes (SIGSEGV)", 1),
+        ],
+    )
+    def test_where_it_is_computed_with(
+        self, monkeypatch: Any, build: bytes, present: bool, fault: str | None, rows: int
+    ) -> None:
+        monkeypatch.setattr(amx, "present", lambda: present)
+        monkeypatch.setattr(amx, "fault", lambda: fault)
+        assert amx.row_block(build) == rows
+
+    def test_the_scheduler_is_told(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(amx, "row_block", lambda _build: 48)
+        backend, spec = LlamaBackend(), LoadSpec(str(BUNDLED), kv_tokens=256, sequences=1)
+        try:
+            loaded = backend.load(spec)
+        finally:
+            backend.unload()
+        assert capacity_of(loaded, spec, Sharing(), queue=1).row_block == 48
 
 
 @pytest.mark.usefixtures("forgetful")

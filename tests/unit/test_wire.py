@@ -90,6 +90,7 @@ facts = st.builds(
     can_copy=st.booleans(),
     can_trim=st.booleans(),
     can_read_aside=st.booleans(),
+    row_block=st.sampled_from([1, 32]),
     kv_bytes_per_token=some,
     threads=some,
     offloaded_layers=sizes,

@@ -23,6 +23,7 @@ log = logging.getLogger("shimmy_jupyter.engine")
 
 _TRIAL = (sys.executable, "-P", "-m", "shimmy_jupyter.engine.llama.amx_trial")
 _SECONDS = 60.0
+_ROW_BLOCK = 32
 
 
 @functools.cache
@@ -36,6 +37,13 @@ def usable() -> bool:
             found,
         )
     return found is None
+
+
+def row_block(build: bytes) -> int:
+    """Rows of a batch that llama.cpp's kernels for AMX compute at a time (`TILE_M` twice, in ggml-cpu's
+    amx/mmq.cpp): 33 take as long as 64. `build` is what llama.cpp says of how it was compiled.
+    """
+    return _ROW_BLOCK if b"AMX_INT8 = 1" in build and present() and usable() else 1
 
 
 def present(root: Path = Path("/")) -> bool:

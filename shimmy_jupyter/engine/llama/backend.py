@@ -144,6 +144,7 @@ class LlamaBackend:
             can_copy=not shape.own,
             can_trim=self._can_trim,
             can_read_aside=shape.moves,
+            row_block=1 if offloaded else amx.row_block(native.llama_print_system_info()),
             kv_bytes_per_token=cell,
         )
 
