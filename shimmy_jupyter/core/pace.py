@@ -18,6 +18,7 @@ each kind, and the one with the most tokens in its time is chosen.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 TILE = 64
@@ -29,7 +30,12 @@ _FEW = 8
 """Beyond so many rows more have always been faster, and nothing else is tried."""
 _REFRESH = 64
 """Decode steps after which a time that was not measured again is tried once more."""
+_FEW_IN_TILES = 3
+"""With more rows that decode, a tile that they are in has taken longer than all else; how much longer
+depends on what they hold, so it is not tried."""
 _HYSTERESIS = 1.05
+_TOGETHER = 1.2
+"""So much more is a slice worth that shares a step: who decodes gets more tokens meanwhile, too."""
 _MARGINAL = 0.4
 """What a further row adds to the time of one, until a second number of rows has been seen."""
 _FRESH = 512
@@ -87,10 +93,6 @@ class _Line:
 
     def seconds(self, tokens: int) -> float:
         return self.base + self.slope * tokens
-
-    def rate(self, tokens: int, beside: float) -> float:
-        """Tokens in a second of such slices and of the rows between or beside them."""
-        return tokens / (self.seconds(tokens) + beside)
 
     def other(self, seconds: float) -> _Line:
         """What takes so much longer, or less, at what was measured lately."""
@@ -188,32 +190,32 @@ class Pace:
         if not rows:
             return Slice(self._alone(self._prompt_seconds), together=False)
         beside = self._time(rows) or 0.0
-        room = self._room(rows, waiting, self._step_seconds, _PROMPT_SHARE)
+        due = self._due(rows, waiting, self._step_seconds)
+        most_room = max(due - beside, _PROMPT_SHARE * beside)
         most = self._batch_tokens - rows
         # Where whole batches are read alone, only their own time is measured.
-        if all(self._line(together=one, tiled=True).tokens(room) >= most for one in (True, False)):
+        if all(
+            self._line(together=one, tiled=True).tokens(most_room) >= most for one in (True, False)
+        ):
             return Slice(most, together=False)
-        found: list[tuple[float, Slice]] = []
-        for together in (True, False):
-            in_batch = rows if together else 0
-            line = self._line(together=together, tiled=False)
-            few = self._whole(in_batch, min(line.tokens(room), TILE - 1 - in_batch))
-            found.append((line.rate(max(few, 1), beside), Slice(few, together)))
-            line = self._line(together=together, tiled=True)
-            tiles = (min(line.tokens(room), most) + in_batch) // TILE * TILE - in_batch
-            found.append((line.rate(max(tiles, 1), beside), Slice(tiles, together)))
-        possible = [(rate, one) for rate, one in found if one.tokens >= _LEAST]
-        if not possible:
-            return Slice(min(_LEAST, most), together=True)
-        # In doubt together: who decodes then waits for one step, not for two.
-        return max(possible, key=lambda one: one[0] * (_HYSTERESIS if one[1].together else 1))[1]
+        best, chosen = 0.0, Slice(min(_LEAST, most), together=True)
+        for room in (due - beside, most_room):
+            for line, piece in self._possible(rows, room):
+                cycle = beside + line.seconds(piece.tokens)
+                # Who decodes waits for all of it, and so does the prompt between two slices.
+                value = piece.tokens / cycle * min(1.0, due / cycle) ** 2
+                value *= _TOGETHER if piece.together else 1
+                if value > best:
+                    best, chosen = value, piece
+        return chosen
 
     def aside_seconds(self, rows: int, waiting: int = 1) -> float:
         """What a prompt that is read aside may have of a step of so many rows."""
         if not rows:
             return self._step_seconds
-        usual = _EXACT * self._step_seconds - self._late
-        return self._room(rows, waiting, usual, _ASIDE_SHARE)
+        beside = self._time(rows) or 0.0
+        due = self._due(rows, waiting, _EXACT * self._step_seconds - self._late)
+        return max(due - beside, _ASIDE_SHARE * beside)
 
     def observe_aside(self, asked: float, seconds: float) -> None:
         """What was read aside was held after `seconds`, or done. Making its context is late, too, but does
@@ -226,14 +228,28 @@ class Pace:
         """Whether what is read aside would be held noticeably sooner were its slices small."""
         return self._late > _NOTICEABLE * self._step_seconds
 
-    def _room(self, rows: int, waiting: int, usual: float, share: float) -> float:
-        """Seconds for prompts, of a step that takes `usual` seconds."""
+    def _possible(self, rows: int, room: float) -> Iterator[tuple[_Line, Slice]]:
+        """The largest slice of each kind that takes so many seconds at most."""
+        for together in (True, False):
+            in_batch = rows if together else 0
+            line = self._line(together=together, tiled=False)
+            few = self._whole(in_batch, min(line.tokens(room), TILE - 1 - in_batch))
+            if few >= _LEAST:
+                yield line, Slice(few, together)
+            if in_batch > _FEW_IN_TILES:
+                continue
+            line = self._line(together=together, tiled=True)
+            most = min(line.tokens(room), self._batch_tokens - rows)
+            tiles = (most + in_batch) // TILE * TILE - in_batch
+            if tiles >= _LEAST:
+                yield line, Slice(tiles, together)
+
+    def _due(self, rows: int, waiting: int, usual: float) -> float:
+        """Seconds after which rows are to have their next token, which is `usual` unless many wait for a
+        first one.
+        """
         beside = self._time(rows) or 0.0
-        return max(
-            usual - beside,
-            min(_FIRST * waiting / rows * beside, _STRETCH * usual - beside),
-            share * beside,
-        )
+        return max(usual, min(beside + _FIRST * waiting / rows * beside, _STRETCH * usual))
 
     def _alone(self, room: float) -> int:
         """Tokens for a step that nobody else waits for."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shimmy_jupyter.core.pace import TILE, Pace
+from shimmy_jupyter.core.pace import TILE, Pace, Slice
 
 BLOCK = 32
 STEP = 0.15
@@ -65,7 +65,7 @@ def test_beside_rows_a_slice_ends_where_the_block_does() -> None:
 
 
 def test_rows_beyond_a_block_have_what_is_left_of_it() -> None:
-    for rows in range(33, 60):
+    for rows in range(33, 56):
         piece = trained(rows, BLOCK, [2, 4]).prompt_slice(rows)
         assert piece.together
         assert 4 < piece.tokens <= 2 * BLOCK - rows
@@ -78,6 +78,31 @@ def test_without_blocks_the_time_alone_decides(rows: int) -> None:
     room = (STEP - seconds(rows, 1)) / PER_ROW
     assert piece.tokens == pytest.approx(min(room, TILE - 1 - beside), abs=4)
     assert beside + piece.tokens > BLOCK
+
+
+def test_what_is_too_long_has_to_be_worth_it() -> None:
+    """Beside rows that take two thirds of a step alone, 32 tokens apart read a little more than 20 together,
+    and double the time until those who decode have their next token.
+    """
+    pace = Pace(
+        batch_tokens=512, step_seconds=STEP, prompt_seconds=1.0, guess=0.003, row_block=BLOCK
+    )
+    for _ in range(4):
+        pace.observe(12, 0, 0.1, 2)
+        pace.observe(12, 20, 0.15, 2)
+        pace.observe(0, 32, 0.1, 2)
+    assert pace.prompt_slice(12) == Slice(20, together=True)
+
+
+def test_many_who_decode_have_no_tile_with_a_prompt() -> None:
+    """Nor is it tried: what it takes depends on what they hold."""
+    for rows in range(4, 60):
+        pace = trained(rows, 1, [60, 90])  # a tile has looked quick
+        for _ in range(200):
+            piece = pace.prompt_slice(rows)
+            assert not piece.together or rows + piece.tokens < TILE
+            took = 0.02 * piece.tokens  # and all else is slow
+            pace.observe(rows if piece.together else 0, piece.tokens, took, 2)
 
 
 def test_steps_keep_their_time() -> None:
