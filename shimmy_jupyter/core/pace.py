@@ -262,7 +262,8 @@ class Pace:
     def _whole(self, rows: int, tokens: int) -> int:
         """So many tokens beside `rows`, or as many as fill blocks."""
         block = self._row_block
-        blocks = max((rows + tokens) // block, -(-rows // block), 1)
+        # With one row less it is as good as full: what is no tile ends there.
+        blocks = max((rows + tokens + 1) // block, -(-rows // block), 1)
         return min(tokens, blocks * block - rows)
 
     def _line(self, *, together: bool, tiled: bool) -> _Line:
