@@ -30,7 +30,7 @@ _FEW = 8
 """Beyond so many rows more have always been faster, and nothing else is tried."""
 _REFRESH = 64
 """Decode steps after which a time that was not measured again is tried once more."""
-_FEW_IN_TILES = 3
+_FEW_IN_TILES = 2
 """With more rows that decode, a tile that they are in has taken longer than all else; how much longer
 depends on what they hold, so it is not tried."""
 _HYSTERESIS = 1.05
@@ -46,7 +46,7 @@ _LEAST = 4
 """Tokens of a prompt that go into a step in any case."""
 _PROMPT_SHARE = 1.0
 """Of the time of the rows beside it: what a prompt gets at least."""
-_FIRST = 2
+_FIRST = 3
 """Who waits for a first token counts as so many who wait for their next one."""
 _STRETCH = 2
 """Where many wait for a first token, a step may take so many times its usual time."""
@@ -260,10 +260,12 @@ class Pace:
         return min(max(min(tiles, most) // TILE * TILE, few, _LEAST), most)
 
     def _whole(self, rows: int, tokens: int) -> int:
-        """So many tokens beside `rows`, or as many as fill blocks."""
+        """So many tokens, or as many as fill blocks: beside `rows`, theirs."""
         block = self._row_block
+        if block == 1:
+            return tokens
         # With one row less it is as good as full: what is no tile ends there.
-        blocks = max((rows + tokens + 1) // block, -(-rows // block), 1)
+        blocks = -(-rows // block) or (tokens + 1) // block or 1
         return min(tokens, blocks * block - rows)
 
     def _line(self, *, together: bool, tiled: bool) -> _Line:

@@ -51,7 +51,7 @@ class Planner:
         self._turn = 0
         self._last_was_private = False
         self._prompted: set[str] = set()
-        """Adapters whose last step was a prompt's: with each, prompts and decoding take turns."""
+        """Adapters whose last step was a prompt's alone: who decodes with them has the next one."""
         self._adapters: dict[str, int] = {}
         """When each adapter last had a step, of those that have something to do."""
         self._owed = 0.0
@@ -171,12 +171,12 @@ class Planner:
         room = min(piece.tokens, most) if self._capacity.can_copy else most
         binds = room < most
         together = binds and piece.together
-        if ready and not together and adapter in self._prompted:
+        if ready and adapter in self._prompted:
             prompts: list[m.Row] = []
         else:
             prompts = list(self._prompts(work, room, now, out, together=binds))
         self._prompted.discard(adapter)
-        if prompts:
+        if prompts and not together:
             self._prompted.add(adapter)
         if not prompts:
             if len(ready) == 1 and not work.reading:

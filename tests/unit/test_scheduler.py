@@ -13,6 +13,7 @@ import pytest
 
 from shimmy_jupyter.core import messages as m
 from shimmy_jupyter.core.fairness import Counters
+from shimmy_jupyter.core.pace import Slice
 from shimmy_jupyter.core.scheduler import Scheduler
 from shimmy_jupyter.core.sequence import State
 from shimmy_jupyter.types import Failure, FinishReason, Sampling, Scored
@@ -160,6 +161,22 @@ def test_slices_keep_a_step_within_its_time() -> None:
         sizes.append(len(rows[2].tokens))
         d.decode(0.03 + 0.005 * sizes[-1])
     assert all(0.12 <= 0.03 + 0.005 * size <= 0.16 for size in sizes[5:])
+
+
+def test_after_a_slice_apart_who_decodes_has_a_step_without_another() -> None:
+    d = Driver(replace(LARGE, step_seconds=0.15))
+    d.handle(submitted(1, prompt=10, max_tokens=500))
+    for _ in range(5):
+        d.plan()
+        d.decode(0.03)
+    d.handle(submitted(2, prompt=900, who="q"))
+    steps = []
+    for together in (False, True, True, True, False, False):
+        chosen = Slice(10, together)
+        d.scheduler.pace.prompt_slice = lambda *_, chosen=chosen: chosen  # type: ignore[method-assign]
+        steps.append(set(d.plan()))
+        d.decode(0.03)
+    assert steps == [{2}, {1}, {1, 2}, {1, 2}, {2}, {1}]
 
 
 def test_a_prompt_gets_as_much_time_as_many_rows_beside_it() -> None:
