@@ -13,7 +13,8 @@ of `TILE` rows of the batch, at half the cost of single rows, where a batch has 
 no multiple of that pays for its last tile in full. And a tile computes for each of its rows what any of
 them looks at: with sequences that decode in it, all that these hold. So a prompt may be better off in
 a step of its own, in turn with theirs, although the weights are then read for each. There are times of
-each kind, and the one with the most tokens in its time is chosen.
+each kind, and the one with the most tokens in a second is chosen, where that keeps those who decode
+waiting for too long less what that is worth.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ class Pace:
         ):
             return Slice(most, together=False)
         best, chosen = 0.0, Slice(min(_LEAST, most), together=True)
-        for room in (due - beside, most_room):
+        for room in sorted({due - beside, most_room}):
             for line, piece in self._possible(rows, room):
                 cycle = beside + line.seconds(piece.tokens)
                 # Who decodes waits for all of it, and so does the prompt between two slices.
