@@ -84,13 +84,13 @@ audit: $(VENV)/.test ## Known advisories of what is installed, where a service c
 
 unit: $(VENV)/.test $(VENV)/.source $(VENV)/.suite ## The core and everything that needs no server
 	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) \
-		JSON_SCHEMA_SUITE=$(wildcard $(SUITE)/*/json/tests/draft2020-12) GGUF_FUZZ_SECONDS=60 $(BIN)/python -m pytest tests/unit
+		JSON_SCHEMA_SUITE=$(wildcard $(SUITE)/*/json/tests/draft2020-12) GGUF_FUZZ_SECONDS=60 $(BIN)/python -m pytest tests/unit --durations=10
 
 component: $(VENV)/.test ## A real Jupyter server, the scripted backend
 	$(BIN)/python -m pytest tests/component
 
 model: $(VENV)/.test $(VENV)/.source $(VENV)/.minilm ## The real engine, real servers, real kernels
-	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) $(BIN)/python -m pytest tests/model
+	LLAMA_CPP_PYTHON_SOURCE=$(wildcard $(SOURCE)) $(BIN)/python -m pytest tests/model --durations=15
 
 browser: $(VENV)/.browser ## JupyterLab in the system's Chromium; skipped where there is none. Screenshots in build/
 	$(BIN)/python -m pytest tests/browser

@@ -32,8 +32,8 @@ _FEW = 8
 _REFRESH = 64
 """Decode steps after which a time that was not measured again is tried once more."""
 _FEW_IN_TILES = 2
-"""With more rows that decode, a tile that they are in has taken longer than all else; how much longer
-depends on what they hold, so it is not tried."""
+"""Where blocks are computed: with more rows that decode, a tile that they are in has taken longer than all
+else; how much longer depends on what they hold, so it is not tried."""
 _HYSTERESIS = 1.05
 _TOGETHER = 1.2
 """So much more is a slice worth that shares a step: who decodes gets more tokens meanwhile, too."""
@@ -237,7 +237,7 @@ class Pace:
             few = self._whole(in_batch, min(line.tokens(room), TILE - 1 - in_batch))
             if few >= _LEAST:
                 yield line, Slice(few, together)
-            if in_batch > _FEW_IN_TILES:
+            if self._row_block > 1 and in_batch > _FEW_IN_TILES:
                 continue
             line = self._line(together=together, tiled=True)
             most = min(line.tokens(room), self._batch_tokens - rows)

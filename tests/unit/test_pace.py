@@ -98,7 +98,7 @@ def test_what_is_too_long_has_to_be_worth_it() -> None:
 def test_many_who_decode_have_no_tile_with_a_prompt() -> None:
     """Nor is it tried: what it takes depends on what they hold."""
     for rows in range(3, 60):
-        pace = trained(rows, 1, [60, 90])  # a tile has looked quick
+        pace = trained(rows, BLOCK, [60, 90])  # a tile has looked quick
         for _ in range(200):
             piece = pace.prompt_slice(rows)
             assert not piece.together or rows + piece.tokens < TILE
