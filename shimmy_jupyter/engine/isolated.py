@@ -79,6 +79,8 @@ class IsolatedBackend:
         self._number = 0
         self._stepping = 0
         """The number of the step in progress, 0 between steps."""
+        self._gone = _UNLOADED
+        """Why there is no child: one that was lost may be unloaded before all who use it have heard of it."""
 
     @property
     def pid(self) -> int | None:
@@ -105,7 +107,10 @@ class IsolatedBackend:
             raise
 
     def unload(self) -> None:
-        child, self._child = self._child, None
+        child = self._child
+        if child is not None:
+            self._gone = child.why or _UNLOADED
+        self._child = None
         self._changes.clear()
         if child is not None:
             child.end()
@@ -190,10 +195,11 @@ class IsolatedBackend:
             child.side.send_now(wire.encode(calls.Abort(number)))
 
     def _running(self) -> _Child:
-        if self._child is None:
-            raise EngineLost(_UNLOADED)
-        self._child.check()
-        return self._child
+        child = self._child
+        if child is None:
+            raise EngineLost(self._gone)
+        child.check()
+        return child
 
     def _taken(self) -> tuple[SlotChange, ...]:
         taken, self._changes = tuple(self._changes), []
@@ -234,6 +240,11 @@ class _Child:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process.poll() is None else None
+
+    @property
+    def why(self) -> str | None:
+        """Why it is lost, None where it is not."""
+        return self._why
 
     def check(self) -> None:
         if self._why is not None:

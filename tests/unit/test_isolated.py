@@ -302,6 +302,21 @@ class TestEnds:
         with pytest.raises(EngineLost, match="SIGKILL"):
             backend.step(STEP, 1)
 
+    def test_who_hears_of_it_when_it_is_unloaded_already_hears_the_same(self, make) -> None:
+        backend = make("Good")
+        backend.load(LoadSpec(""))
+        os.kill(backend.pid, signal.SIGKILL)
+        with pytest.raises(EngineLost, match="SIGKILL"):
+            backend.step(STEP, 1)
+        backend.unload()
+        backend.unload()
+        with pytest.raises(EngineLost, match="SIGKILL"):
+            backend.tokenize("x")
+        backend.load(LoadSpec(""))
+        backend.unload()
+        with pytest.raises(EngineLost, match="unloaded"):
+            backend.tokenize("x")
+
     @pytest.mark.parametrize("prompt", [False, True])
     def test_a_hang(self, make, fifo, prompt) -> None:
         backend = make("Waits", hang_seconds=0.05)
