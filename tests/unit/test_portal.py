@@ -59,6 +59,14 @@ class Waits:
             raise
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Whoever starts the tests in the background of a shell has SIGINT ignored, also in a child."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt() -> None:
     """As Jupyter's button does."""
     main = threading.main_thread().ident
