@@ -161,7 +161,8 @@ class Visit:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(turn.wait(), 1.0)
         finally:
-            del guard.turns[id], guard.waiting[id]
+            del guard.turns[id]
+            guard.waiting.pop(id, None)
 
     def _begin(self) -> None:
         guard = self._guard
@@ -202,7 +203,8 @@ class Visit:
 
     def waits(self, place: Callable[[], int | None]) -> None:
         """`place` says how many go before it, None where it does not wait."""
-        self._guard.waiting[self._id] = self._principal.name, place
+        if not self.ended:  # one that was ended meanwhile would be counted for ever
+            self._guard.waiting[self._id] = self._principal.name, place
 
     def first_token(self) -> None:
         """It no longer waits."""
