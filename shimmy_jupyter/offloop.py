@@ -1,14 +1,19 @@
-"""Work that waits for the disk, in a thread of its own: while a process ends asyncio's have gone already."""
+"""Work that waits for the disk, in a thread of its own: while a process ends asyncio's have gone already.
+And work on the event loop that takes turns with others.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
+
+_TURN = 500
+"""Some microseconds' work each."""
 
 
 def in_thread(work: Callable[[], T], name: str) -> Future[T]:
@@ -31,3 +36,11 @@ def in_thread(work: Callable[[], T], name: str) -> Future[T]:
 async def off_loop(work: Callable[[], T]) -> T:
     """What `work` returns or raises."""
     return await asyncio.wrap_future(in_thread(work, "shimmy-guard"))
+
+
+async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:
+    """The items of a collection that may have thousands; others have a turn after every 500."""
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % _TURN == 0:
+            await asyncio.sleep(0)

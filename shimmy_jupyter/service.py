@@ -33,6 +33,7 @@ from .models.jobs import Progress, Report, unheard
 from .models.library import ModelLibrary
 from .models.lifecycle import ModelPool
 from .models.resident import ModelStatus
+from .offloop import in_turns
 from .submission import Wanted, submitted
 from .types import (
     ChatOptions,
@@ -326,7 +327,7 @@ class CompletionService:
         """Those that this user can name as a request's `model`."""
         return [
             status
-            for status in await self.pool.status()
+            async for status in in_turns(await self.pool.status())
             if status.file.kind == "model"
             and status.file.problem is None
             and self.guard.allows(principal, "use", status.file.id)

@@ -181,16 +181,16 @@ class ModelLibrary:
 
     async def _read_all(self, models: tuple[Found, ...]) -> None:
         def work(stopped: Stopped) -> None:
+            there = {found.path for found in models}
+            with self._known:
+                for known in (self._wrong, self._facts):
+                    for path in known.keys() - there:
+                        del known[path]
             for found in models:
                 if stopped():
                     return
                 self._read(found)
 
-        there = {found.path for found in models}
-        with self._known:
-            for known in (self._wrong, self._facts):
-                for path in known.keys() - there:
-                    del known[path]
         await in_thread(work)
 
     def _read(self, found: Found) -> None:

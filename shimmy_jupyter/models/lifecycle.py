@@ -21,6 +21,7 @@ from ..errors import (
     ShimmyError,
     ShuttingDown,
 )
+from ..offloop import in_turns
 from .catalog import Catalog
 from .jobs import Progress, Report, Stopped, asked_to_stop, in_thread, settled, unheard
 from .quarantine import Quarantine
@@ -360,7 +361,8 @@ class ModelPool(Generic[M]):
         return [entry.model for entry in entries if entry.model is not None]
 
     async def status(self) -> list[ModelStatus]:
-        return [self.status_of(found) for found in (await self.catalog.models()).values()]
+        models = (await self.catalog.models()).values()
+        return [self.status_of(found) async for found in in_turns(models)]
 
     def status_of(self, found: Found) -> ModelStatus:
         if (entry := self._entries.get(found.path)) is not None:

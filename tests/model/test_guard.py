@@ -45,6 +45,8 @@ MODES = ("none", "process")
 SHAPE = random_gguf.Shape(layers=8, width=256, heads=8, head_width=32, hidden=1024, vocabulary=2048)
 LONG = 1900
 """Tokens of an answer that no test waits for."""
+STOPPED = 2.0
+"""Seconds: a third of what it takes, and enough for a first token on a machine with much to do."""
 ANN = Principal("ann")
 ASK = {"model": "self-test", "messages": [{"role": "user", "content": "What does len do?"}]}
 ANSWER = 26
@@ -314,13 +316,13 @@ class TestOneServer:
     ) -> None:
         await post(server, words("x", 1), "shimmy/v1/completions")
         before = await used_today(server)
-        body = words("go on", LONG, max_seconds=0.8, stream=stream)
+        body = words("go on", LONG, max_seconds=STOPPED, stream=stream)
         told = await post(server, body, "shimmy/v1/completions")
         assert b"deadline_exceeded" in told.body
         end = await end_of(server, told.headers["x-shimmy-request-id"])
         assert (end["outcome"], end["code"]) == ("error", "deadline_exceeded")
         assert 0 < end["tokens_generated"] < LONG
-        assert 800 <= end["duration_ms"] < 5000
+        assert 1e3 * STOPPED <= end["duration_ms"] < 1e4
         await idle(server)
         assert await used_today(server) - before == end["prompt_tokens"] + end["tokens_generated"]
 
@@ -454,12 +456,10 @@ async def test_an_administrator_s_deadline_stops_the_engine(
     isolation: str, tmp_path: Path, models: Path
 ) -> None:
     async with service(
-        tmp_path, models, Limits(seconds=0.8, tokens_per_day=10_000), isolation
+        tmp_path, models, Limits(seconds=STOPPED, tokens_per_day=10_000), isolation
     ) as one:
         # Loading counts, too: so that there is something to stop.
-        with contextlib.suppress(DeadlineExceeded):
-            async with await one.start(request("loads", 1)) as completion:
-                await completion.text()
+        await one.pool.resident("words")
         with pytest.raises(DeadlineExceeded):
             async with await one.start(request("long", LONG, max_seconds=100.0)) as completion:
                 await completion.text()

@@ -21,7 +21,7 @@ MAY_NEED: dict[str, set[str]] = {
     "errors": {"types"},
     "cgroups": set(),
     "core": LOW,
-    "models": LOW,
+    "models": LOW | {"offloop"},
     "engine": LOW | {"core"},
     "audit": LOW,
     "guard": LOW | {"core", "audit", "offloop"},
@@ -30,7 +30,8 @@ MAY_NEED: dict[str, set[str]] = {
     "administration": LOW | {"models", "guard"},
     "auditing": LOW | {"audit", "guard", "offloop"},
     "submission": LOW | {"engine"},
-    "service": LOW | {"core", "engine", "models", "completion", "guard", "auditing", "submission"},
+    "service": LOW
+    | {"core", "engine", "models", "completion", "guard", "auditing", "submission", "offloop"},
     "health": LOW | {"engine", "models", "guard", "audit", "service", "offloop"},
     "server": LOW
     | {"core", "engine", "models", "completion", "service", "guard", "audit", "health"}
