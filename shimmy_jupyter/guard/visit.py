@@ -159,7 +159,8 @@ class Visit:
             while not turn.is_set():
                 waiting(guard.crowd.position(id))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(turn.wait(), 1.0)
+                    async with asyncio.timeout(1.0):
+                        await turn.wait()
         finally:
             del guard.turns[id]
             guard.waiting.pop(id, None)

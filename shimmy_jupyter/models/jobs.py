@@ -153,10 +153,12 @@ class Job:
             if self.state != "running":
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), most)
+                async with asyncio.timeout(most):
+                    await changed.wait()
             if self.state == "running":
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._ended(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._ended()
 
     async def _ended(self) -> None:
         while self.state == "running":

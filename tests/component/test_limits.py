@@ -25,7 +25,7 @@ from shimmy_jupyter.engine.fake import FakeBackend
 from shimmy_jupyter.errors import RateLimitExceeded
 from shimmy_jupyter.guard.asked import Asked
 from shimmy_jupyter.guard.guard import Guard, Rules
-from shimmy_jupyter.guard.visit import Result
+from shimmy_jupyter.guard.visit import Result, Visit
 from shimmy_jupyter.server.handlers import base, completions, embeddings
 from shimmy_jupyter.types import CompletionRequest, EmbeddingFacts, EmbeddingRequest, Principal
 
@@ -965,6 +965,28 @@ async def test_the_service_itself_refuses(server: Any, guard: Guard) -> None:
     with pytest.raises(RateLimitExceeded) as caught:
         await service.start(request, visit=service.visit(Asked(ANN, "two")))
     assert caught.value.limit == "max_requests_per_minute"
+
+
+@of_one_process
+@pytest.mark.parametrize("steps", range(8))
+async def test_its_turn_comes_when_it_is_cancelled(server: Any, guard: Guard, steps: int) -> None:
+    """As long as it can be cancelled it is: else it would go on for nobody, and nobody would settle it."""
+    guard.rules = Rules(limits=[LimitTable(COUNTED.merged(Limits(concurrent=1, queued=9)))])
+    first, second = (Visit(guard, Asked(ANN, id)) for id in ("one", "two"))
+    request = CompletionRequest("one", ANN, MODEL, ">hello")
+    await first.check(request)
+    await first.arrive(lambda before: None)
+    await second.check(request)
+    waiting = asyncio.ensure_future(second.arrive(lambda before: None))
+    await until(lambda: guard.turns)
+    ending = asyncio.ensure_future(first.end(Result("ok")))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    asked_in_time = waiting.cancel()
+    await asyncio.wait([waiting, ending])
+    assert waiting.cancelled() == asked_in_time
+    await second.end(Result("cancelled", "cancelled"))
+    nobody_in(guard)
 
 
 @of_one_process

@@ -140,6 +140,11 @@ def test_one_reader_of_the_environment() -> None:
     assert readers == {"config", "engine.llama.binding", "engine.isolated", "server.app"}
 
 
+def test_nobody_forgets_that_they_were_cancelled() -> None:
+    """Python 3.11's `asyncio.wait_for` does, where what it waited for came at the same moment."""
+    assert [dotted(p) for p in MODULES if "asyncio.wait_for(" in p.read_text()] == []
+
+
 def test_modules_stay_small() -> None:
     assert {dotted(p): n for p in MODULES if (n := len(p.read_text().splitlines())) > 400} == {}
 
