@@ -119,7 +119,7 @@ class Line:
         for waits in self._passed:
             waits.passed += sequence.reserved
         self._take(self._queues, sequence, now)
-        out += self.room.place(sequence)
+        out += self.room.place(sequence, self.could_begin())
         self.charge_prompt(sequence, sequence.prompt_left)
         out.append(_opening(sequence))
 

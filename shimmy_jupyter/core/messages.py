@@ -175,6 +175,11 @@ class EngineReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Idle:
+    """There was no step to plan, and for a while nothing has happened."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stepped:
     """The step is done. `seconds` is what it took, as measured around the native call.
 
@@ -216,6 +221,7 @@ Event = (
     | ReaderReady
     | PublicDeclared
     | EngineReady
+    | Idle
     | Stepped
     | StepAborted
     | StepFailed

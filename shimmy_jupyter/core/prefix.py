@@ -31,6 +31,8 @@ class Entry:
     tokens: Tokens
     used: int = 0
     since: int = 0
+    copy: int | None = None
+    """The key under which it was saved last."""
 
     @property
     def size(self) -> int:
@@ -93,7 +95,11 @@ class PrefixCache:
         self._keys += 1
         saved = Entry(self._keys, entry.owner, entry.tokens, entry.used, entry.since)
         self.saved[self._keys] = saved
+        entry.copy = self._keys
         return saved
+
+    def has_copy(self, entry: Entry) -> bool:
+        return entry.copy in self.saved
 
     def touch(self, match: Match) -> None:
         if match.entry is not None:
@@ -111,6 +117,16 @@ class PrefixCache:
             and other.tokens[:size] == head
             for other in self._all()
         )
+
+    def outgrown(self, entry: Entry) -> list[Entry]:
+        """What is saved of the same owner that an entry is a continuation of, and so as good as."""
+        if self._whole:
+            return []
+        return [
+            other
+            for other in self.saved.values()
+            if other.owner == entry.owner and entry.tokens[: other.size] == other.tokens
+        ]
 
     def match(
         self, prompt: Tokens, owner: Owner, live: Iterable[tuple[int, Owner, Tokens]]

@@ -80,8 +80,10 @@ class Room:
 
     # Changes
 
-    def place(self, sequence: Sequence) -> list[m.Instruction]:
-        """Give a slot and KV room, with as much of the prompt as is there already."""
+    def place(self, sequence: Sequence, others: int = 0) -> list[m.Instruction]:
+        """Give a slot and KV room, with as much of the prompt as is there already. So many `others` are
+        about to come, each with about as many rows.
+        """
         match = None
         self.idleness.asked(sequence.owner, sequence.prompt)
         if not sequence.scores_prompt:
@@ -97,7 +99,8 @@ class Room:
             source = match.entry if match is not None else None
             whole = source.size if match is not None and match.saved and source is not None else 0
             shared = match.tokens if match is not None else 0
-            self._move_before(sequence.reserved - 1 - shared, source, out)
+            # Its own cells would lie behind, and what is left free later is looked past as well.
+            self._move_idle((sequence.reserved - 1) * (1 + others) - shared, source, out)
             self._make_room(max(sequence.reserved, whole), source, out)
             sequence.slot = self._empty_slot(source, out)
         if match is not None:
@@ -129,51 +132,46 @@ class Room:
         if not self.idleness.rows or self.computed < self._look_at:
             return
         self._look_at = self.computed + self.idleness.rows // 4  # to look costs something, too
-        left = self._may_move()
-        for entry in list(self.prefixes.kept.values()):
-            idle = self.computed - entry.since
-            if not self.idleness.to_move(idle):
-                continue
-            if left > 0 and self.idleness.worth_saving(entry.owner):
-                moved = self._move(entry, None, out)
-                left = left - entry.size if moved else 0
-                if moved:
-                    continue
-            self._drop_if_over(entry, out)
+        self._move_idle(0, None, out)
 
-    def _move_before(self, rows: int, source: Entry | None, out: list[m.Instruction]) -> None:
-        """Move out at once what so many rows of a sequence alone will pay for: its own cells would lie behind
-        it, and what is left free later is looked past as well.
+    def write_back(self) -> list[m.Instruction]:
+        """Copy to host memory what is nowhere else, a batch at a time: called while nobody waits for it, so
+        that whoever comes has only to drop it. What is long stays: it grows, and all of it would be
+        copied again after each answer.
         """
+        out: list[m.Instruction] = []
+        left = self.capacity.batch_tokens if self.idleness.rows else 0
+        for entry in self.prefixes.kept.values():
+            if entry.size <= left and not self.prefixes.is_elsewhere(entry):
+                left -= entry.size * self._save(entry, out, None, self._is_over)
+        return out
+
+    def _move_idle(self, rows: int, source: Entry | None, out: list[m.Instruction]) -> None:
+        """Move out what will have lain idle for too long when so many further rows have been computed."""
+        has_room = True
         for entry in list(self.prefixes.kept.values()):
-            if self._may_move() <= 0:
-                return
             idle = self.computed - entry.since + rows
             if entry is source or not self.idleness.to_move(idle):
                 continue
-            if not self.idleness.worth_saving(entry.owner):
-                self._drop_if_over(entry, out)
-            elif not self._move(entry, source, out):
-                return  # there is no room for others either
+            gone = self.prefixes.has_copy(entry)
+            if not gone and has_room and self.idleness.worth_saving(entry.owner):
+                gone = has_room = self._copy_out(entry, source, out)
+            if not gone and self.idleness.to_drop(entry.owner, idle):
+                self.idleness.dropped(entry.owner, entry.tokens)
+                gone = True
+            if gone:
+                self.free_slots.append(self._drop(entry, out))
 
-    def _may_move(self) -> int:
-        """Tokens that may still be moved before the next step, so that nobody waits for it for long."""
+    def _copy_out(self, entry: Entry, source: Entry | None, out: list[m.Instruction]) -> bool:
+        """To host memory, if there is room without what is missed more than it; before one step no more than
+        a batch, so that nobody waits for it for long.
+        """
         if self._moved_at != self.computed:
             self._moved_at, self._moved = self.computed, 0
-        return self.capacity.batch_tokens - self._moved
-
-    def _move(self, entry: Entry, source: Entry | None, out: list[m.Instruction]) -> bool:
-        """To host memory, if there is room without what is missed more than it."""
-        if not self._save(entry, out, source, self._is_over):
+        if self._moved >= self.capacity.batch_tokens:
             return False
         self._moved += entry.size
-        self.free_slots.append(self._drop(entry, out))
-        return True
-
-    def _drop_if_over(self, entry: Entry, out: list[m.Instruction]) -> None:
-        if self._is_over(entry):
-            self.idleness.dropped(entry.owner, entry.tokens)
-            self.free_slots.append(self._drop(entry, out))
+        return self._save(entry, out, source, self._is_over)
 
     def _is_over(self, entry: Entry) -> bool:
         return self.idleness.to_drop(entry.owner, self.computed - entry.since)
@@ -196,10 +194,11 @@ class Room:
         needed = source.size if source is not None and source in saved.values() else 0
         if entry.size + needed > cap:
             return False
-        over, going = self.prefixes.saved_tokens + entry.size - cap, []
+        going = [other for other in self.prefixes.outgrown(entry) if other is not source]
+        over = self.prefixes.saved_tokens + entry.size - cap - sum(other.size for other in going)
         if over > 0:
             for other in sorted(
-                (o for o in saved.values() if o is not source and may_go(o)),
+                (o for o in saved.values() if o is not source and o not in going and may_go(o)),
                 key=lambda o: (-self._stale(o), o.used),
             ):
                 going.append(other)

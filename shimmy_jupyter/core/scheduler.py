@@ -47,6 +47,7 @@ class Scheduler:
             m.ProgressAsked: self._progress_asked,
             m.PublicDeclared: self._public_declared,
             m.EngineReady: self._engine_ready,
+            m.Idle: self._idle,
             m.Stepped: self._stepped,
             m.StepAborted: self._step_aborted,
             m.StepFailed: self._step_failed,
@@ -154,6 +155,9 @@ class Scheduler:
         if self.step is not None:
             instructions.append(self.step)
         return instructions
+
+    def _idle(self, event: m.Idle, now: float) -> list[m.Instruction]:
+        return [] if self.sequences or self.halted is not None else self.line.room.write_back()
 
     def _stepped(self, event: m.Stepped, now: float) -> list[m.Instruction]:
         step, by_slot = self._take_step(), self._by_slot()

@@ -42,6 +42,7 @@ _STOPPED = Failure("shutting_down", "the engine is shutting down")
 _Delivery = tuple[TokenStream, m.Emit | m.Progress | Ended]
 _ATTEMPTS = 64
 """Of one step: far more than there are numbers of threads to fall back to."""
+_IDLE_SECONDS = 1.0
 _FLOPS = 5e10
 """Of a modest processor: a first guess at what a prompt token takes, at two for each parameter."""
 
@@ -80,6 +81,8 @@ class Engine:
         """Who is in the step in progress; those who want no more of it are in `_unwanted`."""
         self._unwanted: set[int] = set()
         self._stopping = False
+        self._tidy = False
+        """There was nothing to do when it was last idle, and nothing has happened since."""
         self.scheduler: Scheduler
         self.governor: Governor
         self._thread = threading.Thread(target=self._run, name="shimmy-engine", daemon=True)
@@ -245,7 +248,9 @@ class Engine:
                     continue
                 if isinstance(event, m.Halted):
                     return event.failure
-                self._carry_out(scheduler.handle(event, self._clock()))
+                said = scheduler.handle(event, self._clock())
+                self._carry_out(said)
+                self._tidy = isinstance(event, m.Idle) and not said
             step = self._carry_out(scheduler.handle(m.EngineReady(), self._clock()))
             self._flush()
             self._errands.run_one()
@@ -258,9 +263,11 @@ class Engine:
         self.statistics.beat = None if wait else self._clock()
         if wait:
             try:
-                # Those who are paused are looked at once a second; otherwise nothing happens.
-                event = self._inbox.get(timeout=1.0 if self._streams else None)
+                # Those who are paused are looked at again and again; what they left is tidied up.
+                watched = self._streams or not self._tidy
+                event = self._inbox.get(timeout=_IDLE_SECONDS if watched else None)
             except queue.Empty:
+                yield m.Idle()
                 return
             self.statistics.beat = self._clock()
             yield event
