@@ -3,12 +3,13 @@
 Cases: a slow reader pauses its own sequence and goes on, at every capacity; the reader that catches
 up just as it is paused; a closed reader; what breaks in each backend call, at any time, ends every
 stream with an error and the thread; a submission that meets the end; a load that fails; a caller
-that stops waiting for a load; a loop that is gone.
+that stops waiting for a load; a loop that is gone; what is done while nobody asks for anything.
 """
 
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from shimmy_jupyter.core.messages import Emit, SlotChange, Step
+from shimmy_jupyter.engine import worker
 from shimmy_jupyter.engine.backend import LoadSpec, Sharing, StepResult
 from shimmy_jupyter.engine.fake import FakeBackend
 from shimmy_jupyter.engine.model import LoadedModel
@@ -69,6 +71,32 @@ async def test_a_stream_that_nobody_reads_stays_bounded_and_stops_nobody() -> No
     assert unread.statistics().closed
     await engine.stop()
     assert engine.active == 0
+
+
+async def test_what_is_left_is_copied_while_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the thread sleeps until somebody does."""
+    monkeypatch.setattr(worker, "_IDLE_SECONDS", 0.001)
+    waits: list[float | None] = []
+
+    class Inbox(queue.SimpleQueue[Any]):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            waits.append(timeout)
+            return super().get(block, timeout)
+
+    backend = FakeBackend(words(2))
+    engine = Engine(backend, SPEC, sharing=Sharing(saved_bytes=1 << 30))
+    engine._inbox = Inbox()
+    await engine.start()
+    for _ in range(2):
+        prompt = tuple(b">" + b"x" * 50)
+        await text(engine.submit("local", prompt, 10, Sampling()))
+        seen = len(waits)
+        while waits[-1] is not None or len(waits) == seen:
+            await asyncio.sleep(0)
+    saved = engine.scheduler.line.room.prefixes.saved
+    assert [entry.size for entry in saved.values()] == [53]
+    assert set(backend.saved) == set(saved)
+    await engine.stop()
 
 
 class Order:

@@ -2,7 +2,8 @@
 
 Cases: the two prices; whose is taken up again and whose is not, which is not saved either; that worth stays between 0 and 1 and
 remembers so many owners only; off. And in the scheduler: what nobody takes up is dropped and drives nobody
-else's out; what is taken up stays, though memory is full of others'.
+else's out; what is taken up stays, though memory is full of others'. While nothing is asked for: copied, once,
+a batch at a time, without what is long, what is elsewhere and what is worth nothing; what is outgrown goes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from shimmy_jupyter.core import messages as m
 from shimmy_jupyter.core.idleness import Idleness
+from shimmy_jupyter.types import Failure
 
 from .test_scheduler import GREEDY, LARGE, Driver
 
@@ -177,3 +179,135 @@ class TestBeforeNewcomers:
         d.handle(m.Submitted(9, "ben", tuple(range(9000, 9020)), 400, GREEDY))
         d.plan()
         assert [type(said).__name__ for said in d.said].count("SaveSlot") == 2
+
+
+class TestWhileIdle:
+    """What is left is copied while nobody waits; who comes then has only to drop it."""
+
+    ROOM = replace(LARGE, saved_tokens=1000, idle_rows=900)
+
+    def left(self, *sizes: int, **capacity: int) -> Driver:
+        """After so many sequences of ann's, each with so many tokens in the cache, and one row more."""
+        d = Driver(replace(self.ROOM, **capacity))
+        for id, size in enumerate(sizes, 1):
+            prompt = tuple(range(1000 * id, 1000 * id + size))
+            d.handle(m.Submitted(id, "ann", prompt, 1, GREEDY))
+            d.run()
+        d.said.clear()
+        return d
+
+    def idle(self, d: Driver) -> list[str]:
+        return [type(said).__name__ for said in d.handle(m.Idle())]
+
+    def comes(self, d: Driver, *prompts: tuple[int, ...], max_tokens: int = 950) -> list[str]:
+        for id, prompt in enumerate(prompts, 100):
+            d.handle(m.Submitted(id, "ann", prompt, max_tokens, GREEDY))
+        d.said.clear()
+        d.plan()
+        return [type(said).__name__ for said in d.said]
+
+    def test_it_is_copied_once(self) -> None:
+        d = self.left(100, 60)
+        assert self.idle(d) == ["SaveSlot", "SaveSlot"]
+        assert self.idle(d) == []
+
+    def test_who_comes_waits_for_no_copy(self) -> None:
+        d = self.left(*[100] * 8)
+        while self.idle(d):
+            pass
+        assert self.comes(d, tuple(range(20))) == ["TrimSlot"] * 8 + ["OpenSlot", "Step"]
+
+    def test_it_is_gone_on_from_where_it_lies(self) -> None:
+        d = self.left(100)
+        self.idle(d)
+        again = (*range(1000, 1100), 7)
+        assert self.comes(d, again, max_tokens=1) == ["OpenSlot", "Step"]
+        d.decode()
+        assert d.ended(100).ended.usage.cached_tokens == 100
+
+    def test_or_from_the_copy(self) -> None:
+        d = self.left(100)
+        self.idle(d)
+        self.comes(d, tuple(range(20)))
+        d.run()
+        assert "RestoreSlot" in self.comes(d, (*range(1000, 1100), 7), max_tokens=5)
+
+    def test_the_copy_of_what_it_has_outgrown_goes(self) -> None:
+        d = self.left(100)
+        self.idle(d)
+        self.comes(d, (*range(1000, 1100), *range(50)), max_tokens=50)
+        d.run()
+        assert self.idle(d) == ["DropSaved", "SaveSlot"]
+        prefixes = d.scheduler.line.room.prefixes
+        assert [entry.size for entry in prefixes.saved.values()] == [199]
+
+    def test_another_s_beginning_is_not_outgrown(self) -> None:
+        d = self.left(100)
+        self.idle(d)
+        d.handle(m.Submitted(50, "ben", (*range(1000, 1100), *range(50)), 1, GREEDY))
+        d.run()
+        assert self.idle(d) == ["SaveSlot"]
+
+    def test_no_more_than_a_batch_at_a_time(self) -> None:
+        d = self.left(40, 40, 40, batch_tokens=100)
+        assert self.idle(d) == ["SaveSlot"] * 2
+        assert self.idle(d) == ["SaveSlot"]
+        assert self.idle(d) == []
+
+    def test_what_is_long_stays(self) -> None:
+        d = self.left(101, 100, batch_tokens=100)
+        assert self.idle(d) == ["SaveSlot"]
+        assert self.idle(d) == []
+
+    def test_never_where_somebody_waits(self) -> None:
+        d = self.left(100)
+        d.handle(m.Submitted(50, "ben", tuple(range(20)), 5, GREEDY))
+        assert self.idle(d) == []
+
+    def test_never_after_the_end(self) -> None:
+        d = self.left(100)
+        d.handle(m.Halted(Failure("engine_crashed", "why")))
+        assert self.idle(d) == []
+
+    def test_not_where_it_is_in_nobody_s_way(self) -> None:
+        assert self.idle(self.left(100, idle_rows=0)) == []
+
+    def test_not_where_there_is_no_memory(self) -> None:
+        assert self.idle(self.left(100, saved_tokens=99)) == []
+        d = self.left(100, 60, saved_tokens=110)
+        assert self.idle(d) == ["SaveSlot"]
+        assert self.idle(d) == []
+
+    def test_not_what_is_never_taken_up(self) -> None:
+        assert self.idle(self.left(*[40] * 60, kv_tokens=8192)) == []
+
+    def test_a_copy_that_had_to_go_is_made_again(self) -> None:
+        d = self.left(100)
+        self.idle(d)
+        room = d.scheduler.line.room
+        (saved,) = room.prefixes.saved
+        del room.prefixes.saved[saved]
+        assert self.idle(d) == ["SaveSlot"]
+
+
+class TestBursts:
+    """Who comes with others has their rows counted, too."""
+
+    def said(self, worthless: bool, count: int) -> list[str]:
+        d = Driver(replace(LARGE, saved_tokens=1000, idle_rows=128))
+        d.handle(m.Submitted(1, "ann", tuple(range(1000, 1100)), 1, GREEDY))
+        d.run()
+        for _ in range(100 * worthless):
+            d.scheduler.line.room.idleness.left(ANN)
+        for id in range(10, 10 + count):
+            d.handle(m.Submitted(id, "ann", tuple(range(id, id + 40)), 20, GREEDY))
+        d.said.clear()
+        d.plan()
+        return [type(said).__name__ for said in d.said]
+
+    def test_they_have_it_moved(self) -> None:
+        assert self.said(False, 2)[0] == "OpenSlot"
+        assert self.said(False, 3)[:3] == ["SaveSlot", "TrimSlot", "OpenSlot"]
+
+    def test_or_dropped_where_it_is_worth_nothing(self) -> None:
+        assert self.said(True, 3)[:2] == ["TrimSlot", "OpenSlot"]

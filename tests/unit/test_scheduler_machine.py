@@ -232,6 +232,12 @@ class Machine(RuleBasedStateMachine):
             yield one
 
     @rule()
+    def idle(self) -> None:
+        said = self.send(m.Idle())
+        assert not said or not self.scheduler.sequences
+        assert {type(one) for one in said} <= {m.SaveSlot, m.DropSaved}
+
+    @rule()
     def step_aborted(self) -> None:
         if self.scheduler.step is not None:
             self.send(m.StepAborted())
