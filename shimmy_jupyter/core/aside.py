@@ -29,6 +29,7 @@ class Aside:
         self._sequence: Sequence | None = None
         self._slice: m.Aside | None = None
         """What has begun."""
+        self._making = False
 
     def current(self) -> Sequence | None:
         """The one whose prompt is being read; one that has moved on since is forgotten."""
@@ -45,7 +46,7 @@ class Aside:
         return 0 < self._least <= left and not sequence.scores_prompt and not sequence.aside_refused
 
     def start(self, sequence: Sequence) -> None:
-        self._sequence = sequence
+        self._sequence, self._making = sequence, True
 
     def stop(self) -> None:
         """What is left of the prompt goes into steps."""
@@ -57,7 +58,7 @@ class Aside:
         assert sequence is not None
         seconds = self._pace.aside_seconds(rows, waiting)
         if self._slice is not None:
-            self._slice = replace(self._slice, seconds=seconds)
+            self._slice = replace(self._slice, seconds=seconds, making=self._making)
             return self._slice
         # The last token is left to a step, for its logits.
         start, end = sequence.cached, len(sequence.prompt) - 1
@@ -65,11 +66,12 @@ class Aside:
         usual = TILE if self._pace.asides_are_late() else _MOST_TILES * TILE
         take = usual if end - start >= usual + TILE else end - start
         tokens = sequence.prompt[start : start + take]
-        self._slice = m.Aside(sequence.slot, start, tokens, seconds, end)
+        self._slice = m.Aside(sequence.slot, start, tokens, seconds, end, self._making)
         return self._slice
 
     def took(self, asked: m.Aside, read: m.AsideRead) -> None:
         """What a step's time was enough for."""
+        self._making = read.making
         self._pace.observe_aside(asked.seconds, read.seconds)
         if self._sequence is None or self._slice is not asked:
             return

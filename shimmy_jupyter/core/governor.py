@@ -22,6 +22,9 @@ OVERHEAD = 8
 LIMIT, LIMIT_OTHERS = 3.0, 6.0
 """A step is cut at this many times its usual duration; or, if no step of its size has run at its
 level, at this many times that of the level's last one for as much work."""
+DEEPER, SHALLOW = 2, 1024
+"""Nor is a step cut that looks at so many times the cells of the last one and so many more: nothing is known
+of such."""
 FLOOR = 0.01
 """Seconds. Below this a step is not cut: any process on the machine delays one by a few ms."""
 
@@ -54,11 +57,12 @@ QUICK, CALM = 0.25, 0.1
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step's threads, and after how many seconds to abort it."""
+    """A step's threads, and after how many seconds to abort it. No `work`: nothing is to be learnt of it."""
 
     threads: int
     limit: float | None
     work: int
+    cells: int = 0
 
 
 class _Times:
@@ -127,6 +131,7 @@ class Governor:
         self._last = [0.0] * len(self.levels)  # each level's last time, of any size
         self._up_at = [0.0] * len(self.levels)
         self._up_wait = [0.0] * len(self.levels)
+        self._cells = 0  # that the last step looked at
         self._spent = 0.0  # seconds of steps, by which trials downward are due
         self._down_at = self._slow_at = 0.0
         self._down_wait = DOWN_WAIT
@@ -143,10 +148,16 @@ class Governor:
         """What steps use now, but for those of a trial."""
         return self.levels[self._level]
 
-    def plan(self, work: int, now: float) -> Plan:
-        """For a step of so many tokens. A step that was aborted is planned with fewer threads."""
+    def plan(self, work: int, now: float, *, cells: int = 0, beside: bool = False) -> Plan:
+        """For a step of so many tokens, which look at so many `cells` of the cache. A step that was aborted is planned with fewer threads; one `beside`
+        another thread of ours leaves that a processor, and its time is no sign of anything.
+        """
         if self._fixed:
             return Plan(self.levels[-1], None, work)
+        if beside:
+            return Plan(self.levels[max(0, self._level - 1)], None, 0)
+        if cells > DEEPER * self._cells + SHALLOW:
+            return Plan(self.threads, None, work, cells)
         units, size = work + OVERHEAD, (work - 1).bit_length()
         times = self._times[self._level].get(size)
         trial = self._trial
@@ -160,14 +171,15 @@ class Governor:
             trial = trial or self._begin(times, size, now)
             if trial is not None:
                 limit = self._trial_limit(trial, times, size, units)
-                return Plan(self.levels[trial.level], limit, work)
-        return Plan(self.threads, self._limit(self._level, size, units), work)
+                return Plan(self.levels[trial.level], limit, work, cells)
+        return Plan(self.threads, self._limit(self._level, size, units), work, cells)
 
     def observe(self, plan: Plan, seconds: float, now: float, *, aborted: bool = False) -> None:
         """What a planned step took; `aborted` if its limit cut it."""
-        if self._fixed:
+        if self._fixed or not plan.work:
             return
         seconds = max(seconds, 1e-9)
+        self._cells = plan.cells
         self._spent += seconds
         self.aborted += aborted
         units, size = plan.work + OVERHEAD, (plan.work - 1).bit_length()

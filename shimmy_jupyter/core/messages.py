@@ -104,12 +104,14 @@ class PromptScores:
 @dataclass(frozen=True, slots=True)
 class AsideRead:
     """What became of a step's `Aside` in the `seconds` that it took. Once it is `done`, the KV of its tokens is in
-    the slot. Where it is `refused`, it cannot be had, and nothing has been done.
+    the slot. Where it is `refused`, it cannot be had, and nothing has been done. While its context is in the
+    `making`, which takes a processor's time, nothing is computed.
     """
 
     seconds: float
     done: bool = False
     refused: bool = False
+    making: bool = False
 
 
 # Events
@@ -298,7 +300,8 @@ SlotChange = OpenSlot | CloseSlot | TrimSlot | CopyPrefix | SaveSlot | RestoreSl
 class Aside:
     """Tokens of one prompt for a context of its own, which has `seconds` of this step before its rows
     are decoded, and of each that names the same tokens again, until they are done. `end` is the position up to
-    which the prompt is to be read there.
+    which the prompt is to be read there. In the
+    `making`: its context is, as far as is known, and another thread has to do with that meanwhile.
     """
 
     slot: int
@@ -306,6 +309,7 @@ class Aside:
     tokens: tuple[int, ...]
     seconds: float
     end: int
+    making: bool = False
 
     @property
     def last(self) -> bool:
@@ -323,6 +327,11 @@ class Step:
     rows: tuple[Row, ...]
     adapter: str = ""
     aside: Aside | None = None
+
+    @property
+    def has_company(self) -> bool:
+        """Whether its rows share the processors with a thread that nothing can hold."""
+        return self.aside is not None and self.aside.making
 
     def without_time_aside(self) -> Step:
         """To be tried again: what is read aside has had its time."""

@@ -47,11 +47,13 @@ _LEAST = 4
 """Tokens of a prompt that go into a step in any case."""
 _PROMPT_SHARE = 1.0
 """Of the time of the rows beside it: what a prompt gets at least."""
-_FIRST = 3
-"""Who waits for a first token counts as so many who wait for their next one."""
+_FIRST, _FIRST_ASIDE = 3, 1
+"""Who waits for a first token counts as so many who wait for their next one: of several prompts, and where it is a
+long one, whose reader waits for long anyway.
+"""
 _STRETCH = 2
 """Where many wait for a first token, a step may take so many times its usual time."""
-_EXACT = 1.15
+_EXACT = 1.13
 """So many times its usual time, where what is read aside is held: how late that is, is taken off."""
 _ASIDE_SHARE = 0.7
 """Of the time of the rows: what is read aside gets at least."""
@@ -191,7 +193,7 @@ class Pace:
         if not rows:
             return Slice(self._alone(self._prompt_seconds), together=False)
         beside = self._time(rows) or 0.0
-        due = self._due(rows, waiting, self._step_seconds)
+        due = self._due(rows, waiting, self._step_seconds, _FIRST)
         most_room = max(due - beside, _PROMPT_SHARE * beside)
         most = self._batch_tokens - rows
         # Where whole batches are read alone, only their own time is measured.
@@ -215,7 +217,8 @@ class Pace:
         if not rows:
             return self._step_seconds
         beside = self._time(rows) or 0.0
-        due = self._due(rows, waiting, _EXACT * self._step_seconds - self._late)
+        usual = _EXACT * self._step_seconds - self._late
+        due = self._due(rows, waiting, usual, _FIRST_ASIDE)
         return max(due - beside, _ASIDE_SHARE * beside)
 
     def observe_aside(self, asked: float, seconds: float) -> None:
@@ -245,12 +248,12 @@ class Pace:
             if tiles >= _LEAST:
                 yield line, Slice(tiles, together)
 
-    def _due(self, rows: int, waiting: int, usual: float) -> float:
+    def _due(self, rows: int, waiting: int, usual: float, weight: int) -> float:
         """Seconds after which rows are to have their next token, which is `usual` unless many wait for a
-        first one.
+        first one, each of whom counts for so many.
         """
         beside = self._time(rows) or 0.0
-        return max(usual, min(beside + _FIRST * waiting / rows * beside, _STRETCH * usual))
+        return max(usual, min(beside + weight * waiting / rows * beside, _STRETCH * usual))
 
     def _alone(self, room: float) -> int:
         """Tokens for a step that nobody else waits for."""

@@ -187,8 +187,9 @@ class Scheduler:
                 self._tokens(sequence, row, sampled[row.slot], now, instructions)
                 completions[who] = completions.get(who, 0) + sequence.generated - before
         self.line.charge(completions, private=private)
-        # Guesses are other work than a row of each sequence.
-        if event.seconds and not private and not any(row.guessed for row in rows):
+        # Guesses are other work than a row of each sequence, and what is delayed tells of something else.
+        usual = not (private or step.has_company or any(row.guessed for row in rows))
+        if event.seconds and usual:
             self.pace.observe(decoding, prompt, event.seconds, event.threads)
         return instructions
 

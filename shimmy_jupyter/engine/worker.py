@@ -292,11 +292,12 @@ class Engine:
 
     def _attempt(self, step: m.Step) -> m.Event:
         """Run the step; again with fewer threads where it took longer than it may."""
+        # A reproducible sequence's threads are always the same, and its times others.
         private = self.scheduler.capacity.private_slot in [row.slot for row in step.rows]
         work = sum(len(row.tokens) for row in step.rows)
+        cells = sum(row.start for row in step.rows)
         for _ in range(_ATTEMPTS):
-            plan = self.governor.plan(work, self._clock())
-            # A reproducible sequence's threads are always the same, and its times others.
+            plan = self.governor.plan(work, self._clock(), cells=cells, beside=step.has_company)
             result = self.backend.step(step, plan.threads, None if private else plan.limit)
             if result.aborted:
                 self.statistics.aborted += 1

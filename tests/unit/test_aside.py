@@ -297,8 +297,8 @@ class TestTime:
 
     def test_what_is_left_of_a_step(self) -> None:
         pace = self.pace(0.02)
-        assert pace.aside_seconds(1) + 0.02 == pytest.approx(1.15 * STEP)
-        assert pace.aside_seconds(8) + 0.06 == pytest.approx(1.15 * STEP)
+        assert pace.aside_seconds(1) + 0.02 == pytest.approx(1.13 * STEP)
+        assert pace.aside_seconds(8) + 0.06 == pytest.approx(1.13 * STEP)
 
     def test_less_what_it_is_late(self) -> None:
         pace = self.pace(0.02)

@@ -152,7 +152,7 @@ class _Reader:
         """
         work = self._work
         if work is None or not work.done.done():
-            return m.AsideRead(seconds)
+            return m.AsideRead(seconds, making=self._context is None)
         self._work = None
         if not work.done.result():
             return m.AsideRead(seconds, refused=True)
