@@ -5,7 +5,7 @@ already, or where the engine cannot: it is not; one at a time; a slice takes sev
 more the slice that has begun ends and the rest goes into steps; refused: in slices, and not asked for again; given
 up amid a slice; steps that fail or are aborted leave it as it is; who has had less goes first, so does a short one that
 has begun, otherwise they take turns; a
-reproducible request's share counts it; its time is what is left of a step, less what it is late, and a part of the
+reproducible request's share counts it; while its context is made nothing is learnt; its time is what is left of a step, less what it is late, and a part of the
 rows' at least; slices are small where it is late.
 """
 
@@ -85,6 +85,21 @@ def test_a_slice_takes_as_many_steps_as_it_needs() -> None:
     assert d.cached(2) == 0
     assert aside(d.next(done=True)) == (0, 128)
     assert (d.cached(2), aside(d.next())) == (128, (128, 128))
+
+
+def test_while_its_context_is_made_nothing_is_learnt_of_times() -> None:
+    d = Reader()
+    known = d.scheduler.pace.aside_seconds(1)
+    d.handle(long(2, 800, who="q"))
+    for _ in range(3):
+        step = d.next(10.0, making=True)
+        assert step.has_company
+    step = d.next(SLOW)  # whether it has been made is known afterwards
+    assert step.has_company
+    assert d.scheduler.pace.aside_seconds(1) == known
+    assert not d.next(SLOW, done=True).has_company
+    assert not d.next(2 * SLOW).has_company
+    assert d.scheduler.pace.aside_seconds(1) != known
 
 
 @pytest.mark.parametrize(

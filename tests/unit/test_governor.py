@@ -342,6 +342,36 @@ def test_a_prompt_of_a_new_size_is_cut_as_well() -> None:
     assert [plan.threads for plan in story.plans[-2:]] == [2, 1]
 
 
+def test_what_looks_at_far_more_than_before_is_not_cut() -> None:
+    story = Story()
+    story.steps(100)
+    governor = story.governor
+    assert governor.plan(1, story.now, cells=1024).limit is not None
+    deep = governor.plan(1, story.now, cells=1025)
+    assert (deep.threads, deep.limit) == (2, None)
+    governor.observe(deep, 8 * QUIET[2], story.now)
+    assert governor.threads == 2
+    # Now it is known how that is.
+    assert governor.plan(1, story.now, cells=3000).limit is not None
+    assert governor.plan(1, story.now, cells=5000).limit is None
+
+
+def test_beside_another_thread_of_ours() -> None:
+    """That has a processor, and what a step takes says nothing."""
+    story = Story()
+    story.steps(100)
+    governor = story.governor
+    before = repr(governor)
+    for _ in range(100):
+        plan = governor.plan(1, story.now, beside=True)
+        assert (plan.threads, plan.limit) == (1, None)
+        governor.observe(plan, BUSY[1], story.now)
+    assert repr(governor) == before
+    assert governor.plan(1, story.now).threads == 2
+    assert Governor(2, fixed=True).plan(1, 0.0, beside=True).threads == 2
+    assert Governor(1).plan(1, 0.0, beside=True).threads == 1
+
+
 def test_after_an_idle_hour() -> None:
     story = Story()
     story.steps(100)
