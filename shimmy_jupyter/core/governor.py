@@ -149,8 +149,9 @@ class Governor:
         return self.levels[self._level]
 
     def plan(self, work: int, now: float, *, cells: int = 0, beside: bool = False) -> Plan:
-        """For a step of so many tokens, which look at so many `cells` of the cache. A step that was aborted is planned with fewer threads; one `beside`
-        another thread of ours leaves that a processor, and its time is no sign of anything.
+        """For a step of so many tokens, which look at so many `cells` of the cache. A step that was
+        aborted is planned with fewer threads; one `beside` another thread of ours leaves that a
+        processor, and its time is no sign of anything.
         """
         if self._fixed:
             return Plan(self.levels[-1], None, work)

@@ -300,8 +300,8 @@ SlotChange = OpenSlot | CloseSlot | TrimSlot | CopyPrefix | SaveSlot | RestoreSl
 class Aside:
     """Tokens of one prompt for a context of its own, which has `seconds` of this step before its rows
     are decoded, and of each that names the same tokens again, until they are done. `end` is the position up to
-    which the prompt is to be read there. In the
-    `making`: its context is, as far as is known, and another thread has to do with that meanwhile.
+    which the prompt is to be read there. `making`: as far as is known its context is still being made, by another
+    thread.
     """
 
     slot: int

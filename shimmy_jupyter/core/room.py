@@ -154,9 +154,12 @@ class Room:
             if entry is source or not self.idleness.to_move(idle):
                 continue
             gone = self.prefixes.has_copy(entry)
-            if not gone and has_room and self.idleness.worth_saving(entry.owner):
+            worth_saving = self.idleness.worth_saving(entry.owner)
+            if not gone and has_room and worth_saving:
                 gone = has_room = self._copy_out(entry, source, out)
-            if not gone and self.idleness.to_drop(entry.owner, idle):
+            # What is worth it may find room later.
+            paid = idle - rows if worth_saving else idle
+            if not gone and self.idleness.to_drop(entry.owner, paid):
                 self.idleness.dropped(entry.owner, entry.tokens)
                 gone = True
             if gone:

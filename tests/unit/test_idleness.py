@@ -309,5 +309,19 @@ class TestBursts:
         assert self.said(False, 2)[0] == "OpenSlot"
         assert self.said(False, 3)[:3] == ["SaveSlot", "TrimSlot", "OpenSlot"]
 
+    def test_what_is_worth_it_and_not_moved_yet_stays(self) -> None:
+        d = Driver(replace(LARGE, saved_tokens=1000, idle_rows=200, batch_tokens=100))
+        for id in range(1, 4):
+            d.handle(m.Submitted(id, "ann", tuple(range(1000 * id, 1000 * id + 90)), 1, GREEDY))
+        d.run()
+        for _ in range(45):
+            d.scheduler.line.room.idleness.left(ANN)
+        d.said.clear()
+        for id in range(10, 18):
+            d.handle(m.Submitted(id, "ann", tuple(range(id, id + 40)), 900, GREEDY))
+        d.plan()
+        changes = [type(said).__name__ for said in d.said]
+        assert (changes.count("SaveSlot"), changes.count("TrimSlot")) == (2, 2)
+
     def test_or_dropped_where_it_is_worth_nothing(self) -> None:
         assert self.said(True, 3)[:2] == ["TrimSlot", "OpenSlot"]
