@@ -43,6 +43,7 @@ _Delivery = tuple[TokenStream, m.Emit | m.Progress | Ended]
 _ATTEMPTS = 64
 """Of one step: far more than there are numbers of threads to fall back to."""
 _IDLE_SECONDS = 1.0
+"""Without any event; then what is left is looked after."""
 _FLOPS = 5e10
 """Of a modest processor: a first guess at what a prompt token takes, at two for each parameter."""
 

@@ -13,10 +13,12 @@ the container's check of its health.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import ipaddress
 import json
 import os
+import random
 import shutil
 import socket
 import ssl
@@ -50,10 +52,18 @@ NGINX = shutil.which("nginx", path=os.defpath + ":/usr/sbin:/usr/local/sbin:/opt
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed on this machine")
 
 
+UNTRIED = iter(random.SystemRandom().sample(range(20_000, 32_000), 1000))
+"""Ports that systems give to no connection by themselves, so that one that is free stays so until nginx is there;
+none is tried twice.
+"""
+
+
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    for port in UNTRIED:
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("a thousand ports are taken")
 
 
 def rendered(example: str, here: dict[str, str]) -> str:
