@@ -117,8 +117,9 @@ class ShimmyEngine(Configurable):
         1 << 30,
         allow_zero=True,
         help="Host memory for KV of earlier prompts that the cache has no room for, or that others would have "
-        "to look past; at most an eighth of what is free when the model is loaded. As much again holds a long "
-        "prompt for as long as it is read beside others' answers. 0: none of either.",
+        "to look past; what is short is copied there while nobody asks for anything. At most an eighth of "
+        "what is free when the model is loaded. As much again holds a long prompt for as long as it is read "
+        "beside others' answers. 0: none of either.",
     ).tag(config=True)
     weights = Dict(
         value_trait=Finite(min=0.01, max=1e6),
