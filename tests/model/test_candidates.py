@@ -127,10 +127,11 @@ class TestLeftToTheChain:
         row[:possible] = 1.0
         assert few(Sampling(temperature=1, top_k=40, seed=1), row, 1) == [None]
 
-    def test_all_are_alike(self) -> None:
-        assert few(Sampling(temperature=1, top_k=40, seed=1), np.ones(SIZE, np.float32), 1) == [
-            None
-        ]
+    @pytest.mark.parametrize("size", [SIZE, 300_000])
+    def test_all_are_alike(self, size: int) -> None:
+        """Also where there are more columns than candidates."""
+        row = np.ones(size, np.float32)
+        assert few(Sampling(temperature=1, top_k=40, seed=1), row, 1) == [None]
 
     def test_while_somebody_else_has_the_gil(self, monkeypatch: Any) -> None:
         """Longer each time, until it is quick again."""

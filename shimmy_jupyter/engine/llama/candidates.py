@@ -2,8 +2,9 @@
 
 A chain that begins with top-k, or is greedy, makes a record of each token of the vocabulary and sorts
 those. But of the largest logits in each of some hundreds of columns, the k-th largest is a bound: k
-logits at least are as large. What is as large as that are a few tokens more than k, and the
-chain comes to the same with them. Of 150,000 tokens that takes a fifth of the time.
+logits at least are as large. What is as large as that are a few tokens more than k, in as many columns,
+and the chain comes to the same with them. Of 150,000 tokens that takes a third of the time, most of which
+is that the logits are read.
 
 NumPy gives up the GIL now and then, which `quick` avoids: while somebody else computes in Python, each time
 may cost 5 ms. So where it took long, the chain does it all for a while.
@@ -72,11 +73,18 @@ class Candidates:
         import numpy as np
 
         columns = len(logits) // _ROWS
-        largest = logits[: columns * _ROWS].reshape(_ROWS, columns).max(axis=0)
+        grid, rest = logits[: columns * _ROWS].reshape(_ROWS, columns), logits[columns * _ROWS :]
+        largest = grid.max(axis=0)
         if not math.isfinite(largest.max()):
             return None
         bound = np.partition(largest, columns - k)[columns - k]
-        found = np.flatnonzero(logits >= bound)
+        those = np.flatnonzero(largest >= bound)
+        if len(those) > _ROOM:
+            return None
+        row, which = np.divmod(np.flatnonzero(grid.take(those, axis=1) >= bound), len(those))
+        found = row * columns + those[which]
+        if len(rest):
+            found = np.append(found, np.flatnonzero(rest >= bound) + columns * _ROWS)
         # All, where fewer than k are possible.
         if not k <= len(found) <= _ROOM:
             return None
