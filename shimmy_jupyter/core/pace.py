@@ -244,9 +244,11 @@ class Pace:
                 continue
             line = self._line(together=together, tiled=True)
             most = min(line.tokens(room), self._batch_tokens - rows)
-            tiles = (most + in_batch) // TILE * TILE - in_batch
-            if tiles >= _LEAST:
-                yield line, Slice(tiles, together)
+            # Where blocks are computed these cost more than attention does, until that is deep.
+            unit = TILE if self._row_block == 1 else min(self._row_block, TILE)
+            tiles = (most + in_batch) // unit * unit
+            if tiles >= TILE and tiles - in_batch >= _LEAST:
+                yield line, Slice(tiles - in_batch, together)
 
     def _due(self, rows: int, waiting: int, usual: float, weight: int) -> float:
         """Seconds after which rows are to have their next token, which is `usual` unless many wait for a

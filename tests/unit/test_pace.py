@@ -1,8 +1,9 @@
 """What goes into a step where the processor computes whole blocks of rows.
 
 Cases: a slice beside rows ends with a block or within the first one; rows that are beyond a block themselves
-have what is left of theirs; alone, as well; blocks of one row change nothing; and with times as such a
-processor has them nobody waits longer than a step may take.
+have what is left of theirs; alone, as well; beside one row, as many blocks as there is time for, also where they
+end amid a tile; blocks of one row change nothing; and with times as such a processor has them nobody waits longer
+than a step may take.
 """
 
 from __future__ import annotations
@@ -70,6 +71,15 @@ def test_rows_beyond_a_block_have_what_is_left_of_it() -> None:
         piece = trained(rows, BLOCK, [2, 4]).prompt_slice(rows)
         assert piece.together
         assert 4 < piece.tokens <= 2 * BLOCK - rows
+
+
+@pytest.mark.parametrize(("waiting", "blocks"), [(1, 1), (7, 3)])
+def test_where_many_wait_a_slice_has_all_the_blocks_that_there_is_time_for(
+    waiting: int, blocks: int
+) -> None:
+    """A tile and a half, too: two would take longer than a step may be stretched."""
+    pace = trained(1, BLOCK, [31, 63, 95])
+    assert pace.prompt_slice(1, waiting) == Slice(blocks * BLOCK - 1, together=True)
 
 
 @given(st.integers(1, 20))
