@@ -59,7 +59,7 @@ MOST_SCORES = 32
 """Tokens of a step whose successors are scored: each has logits for the whole vocabulary."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which takes four times as long to make: each step has many
 class Row:
     """Consecutive tokens of one sequence to decode in a step.
 
@@ -78,7 +78,7 @@ class Row:
     guessed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as rows are not
 class Sampled:
     """The token chosen for a slot and its bytes, or why none could be."""
 
@@ -338,7 +338,7 @@ class Step:
         return self if self.aside is None else replace(self, aside=replace(self.aside, seconds=0.0))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as rows are not
 class Emit:
     """Text of an answer or of the reasoning before it, with the tokens that it came from where
     log-probabilities are wanted.
