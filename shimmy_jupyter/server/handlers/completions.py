@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Awaitable
+from asyncio import Future
 from typing import TYPE_CHECKING, ClassVar
 
 from jupyter_server.auth.decorator import authorized
@@ -165,7 +165,9 @@ class _GeneratingHandler(BodyHandler):
             # On record as such, also where nobody has told us before.
             raise Cancelled("the client disconnected") from None
 
-    async def _read_by_client(self, sending: Awaitable[None]) -> None:
+    async def _read_by_client(self, sending: Future[None]) -> None:
+        if sending.done():
+            return sending.result()  # most often: the system has taken all of it
         try:
             async with asyncio.timeout(_UNREAD_SECONDS):
                 await sending
