@@ -90,8 +90,7 @@ async def test_what_is_left_is_copied_while_nobody_asks(monkeypatch: pytest.Monk
     for _ in range(2):
         prompt = tuple(b">" + b"x" * 50)
         await text(engine.submit("local", prompt, 10, Sampling()))
-        seen = len(waits)
-        while waits[-1] is not None or len(waits) == seen:
+        while not (engine._tidy and waits[-1] is None):
             await asyncio.sleep(0)
     saved = engine.scheduler.line.room.prefixes.saved
     assert [entry.size for entry in saved.values()] == [53]
