@@ -245,7 +245,7 @@ class Pace:
             line = self._line(together=together, tiled=True)
             most = min(line.tokens(room), self._batch_tokens - rows)
             # Where blocks are computed these cost more than attention does, until that is deep.
-            unit = TILE if self._row_block == 1 else min(self._row_block, TILE)
+            unit = TILE if self._row_block == 1 else self._row_block
             tiles = (most + in_batch) // unit * unit
             if tiles >= TILE and tiles - in_batch >= _LEAST:
                 yield line, Slice(tiles - in_batch, together)

@@ -106,6 +106,7 @@ def accepted(base: bytes, folder: Path, fates: Counter[str]) -> Iterator[tuple[s
             assert 10 < len(error.message) < 400, error.message
             assert str(path.parent) not in error.message
             fates["by the validator"] += 1
+            path.unlink()
             continue
         yield name, path
 
