@@ -14,7 +14,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from ..errors import Cancelled, InvalidValue
@@ -110,6 +110,9 @@ class Portal:
         work = Work(make)
         try:
             self.begin(work)
+            # An interrupt that comes just before this thread falls asleep does not wake it.
+            while not work.future.done():
+                wait([work.future], timeout=_TICK)
             return work.future.result()
         except BaseException:
             if not work.future.done():

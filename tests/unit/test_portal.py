@@ -1,6 +1,6 @@
 """The event loop in the background, and streams that are read outside of it.
 
-Cases: a result, an error, context variables; an interrupt cancels and waits for the end; one that does
+Cases: a result, an error, context variables; an interrupt cancels and waits for the end, also one that wakes nobody; one that does
 not end is not waited for for ever; from inside the loop; awaited from another loop, and from the same;
 cancelled there; closing: twice, with work under way, what comes last, beginning anew; after a fork; a
 process that ends with work under way; a stream: in order, lazy, an error after pieces, closed early,
@@ -102,6 +102,13 @@ class TestRun:
 
     def test_an_interrupt_cancels_and_waits_for_the_end(self, portal: Portal) -> None:
         work = Waits(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            portal.run(work)
+        assert work.cancelled.is_set()
+
+    def test_an_interrupt_that_wakes_nobody_is_heard(self, portal: Portal) -> None:
+        """Another thread's, as one is that comes just before the main thread falls asleep."""
+        work = Waits(lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             portal.run(work)
         assert work.cancelled.is_set()
