@@ -10,7 +10,7 @@ of the engine's time no more than each of those who share the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from . import messages as m
@@ -36,15 +36,15 @@ class _Work:
 
 
 class Planner:
-    """Admits whom it has room for in the step, with `admitted` told of each."""
+    """Admits whom it has room for in the step, to those who are `running`."""
 
     def __init__(
-        self, capacity: m.Capacity, line: Line, pace: Pace, admitted: Callable[[Sequence], None]
+        self, capacity: m.Capacity, line: Line, pace: Pace, running: dict[int, Sequence]
     ) -> None:
         self._capacity = capacity
         self._line = line
         self._pace = pace
-        self._admitted = admitted
+        self._running = running
         self._aside = Aside(pace, capacity.aside_tokens)
         self._aside_turn = False
         """Whether the last step with several prompts to read was for the one that is read aside."""
@@ -91,7 +91,7 @@ class Planner:
         if sequence is None:
             return None
         if fresh:
-            self._admitted(sequence)
+            self._running[sequence.id] = sequence
         if sequence.state is State.PREFILL:
             return m.Step((self._prompt_row(sequence, PRIVATE_SLICE),), sequence.adapter)
         if sequence.state is State.DECODE:
@@ -236,7 +236,7 @@ class Planner:
 
     def _admit(self, sequence: Sequence, now: float, out: list[m.Instruction]) -> None:
         self._line.admit(sequence, now, out)
-        self._admitted(sequence)
+        self._running[sequence.id] = sequence
 
     def _next_prompt(self, work: _Work) -> Sequence | None:
         """Of those whose prompts have begun and whoever could be admitted, the one that goes first."""

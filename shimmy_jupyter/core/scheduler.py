@@ -6,6 +6,7 @@ Who is admitted is decided in `line`, what goes into a step in `planning`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from ..types import Ended, Failure, FinishReason
 from . import messages as m
@@ -37,26 +38,11 @@ class Scheduler:
             guess=guess,
             row_block=capacity.row_block,
         )
-        self._planner = Planner(capacity, self.line, self.pace, self._admitted)
-        self._handlers: dict[type, Callable[..., list[m.Instruction]]] = {
-            m.Submitted: self._submitted,
-            m.CancelRequested: self._cancel_requested,
-            m.DeadlinePassed: self._deadline_passed,
-            m.ReaderFull: self._reader_full,
-            m.ReaderReady: self._reader_ready,
-            m.ProgressAsked: self._progress_asked,
-            m.PublicDeclared: self._public_declared,
-            m.EngineReady: self._engine_ready,
-            m.Idle: self._idle,
-            m.Stepped: self._stepped,
-            m.StepAborted: self._step_aborted,
-            m.StepFailed: self._step_failed,
-            m.Halted: self._halted,
-        }
+        self._planner = Planner(capacity, self.line, self.pace, self.running)
 
     def handle(self, event: m.Event, now: float) -> list[m.Instruction]:
         """Apply one event; returns what to do, in order. Events about unknown ids do nothing."""
-        return self._handlers[type(event)](event, now)
+        return self._HANDLERS[type(event)](self, event, now)
 
     def __repr__(self) -> str:
         room = self.line.room
@@ -229,9 +215,6 @@ class Scheduler:
             instructions += self._end(sequence, FinishReason.ERROR, now, event.failure, keep=False)
         return instructions
 
-    def _admitted(self, sequence: Sequence) -> None:
-        self.running[sequence.id] = sequence
-
     def _give_up_on_readers(self, now: float) -> list[m.Instruction]:
         """A sequence that is paused holds a slot and KV room that others may be waiting for; and the
         one slot for reproducible sequences is not for a reader that is slow again and again.
@@ -246,6 +229,24 @@ class Scheduler:
             > patience
             for instruction in self._end(sequence, FinishReason.ERROR, now, failure)
         ]
+
+    # Of functions, not of bound methods: those and `self` would keep each other, and all tokens of a
+    # cache whose engine has ended, until Python next looks for cycles.
+    _HANDLERS: ClassVar[dict[type, Callable[..., list[m.Instruction]]]] = {
+        m.Submitted: _submitted,
+        m.CancelRequested: _cancel_requested,
+        m.DeadlinePassed: _deadline_passed,
+        m.ReaderFull: _reader_full,
+        m.ReaderReady: _reader_ready,
+        m.ProgressAsked: _progress_asked,
+        m.PublicDeclared: _public_declared,
+        m.EngineReady: _engine_ready,
+        m.Idle: _idle,
+        m.Stepped: _stepped,
+        m.StepAborted: _step_aborted,
+        m.StepFailed: _step_failed,
+        m.Halted: _halted,
+    }
 
     # Outcomes
 

@@ -1,14 +1,17 @@
 """Engine processes that die: whose requests end, how that is said, and what answers next.
 
 Cases: four signals amid a batch; a child killed while idle, noticed or not, before a prompt of text
-and one of tokens; three crashes; other models meanwhile; a file that is touched.
+and one of tokens; three crashes; other models meanwhile; a file that is touched; what the server has
+of the one that ended.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,32 @@ async def kill(service: CompletionService, number: int = signal.SIGKILL) -> None
     (model,) = service.pool.loaded()
     os.kill(child(service), number)
     await until(lambda: model.engine.backend.pid is None)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Nothing looks for cycles."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+async def test_what_the_server_has_of_it_goes_at_once(service: CompletionService) -> None:
+    """The tokens of all that it kept would stay, crash by crash, until Python looks for cycles."""
+    completion = await begin(service)
+    assert await completion.read()
+    (model,) = service.pool.loaded()
+    scheduler = weakref.ref(model.engine.scheduler)
+    del model
+    await kill(service)
+    with pytest.raises(EngineCrashed):
+        await completion.text()
+    completion.close()
+    del completion
+    await answer(service, max_tokens=4)  # by a new one
+    assert scheduler() is None
 
 
 class TestAmidABatch:

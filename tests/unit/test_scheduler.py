@@ -5,6 +5,8 @@ Stories here; whatever a server and its clients can do in any order is in test_s
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -1002,6 +1004,22 @@ def test_halt_ends_everybody_and_whoever_comes_later() -> None:
         assert failure is not None
         assert failure.code == "shutting_down"
     assert d.plan() == {}
+
+
+def test_what_is_kept_goes_with_it() -> None:
+    """At once: it has the tokens of all prompts and answers, and Python seldom looks for cycles."""
+    d = Driver(LARGE)
+    d.handle(submitted(1, prompt=50))
+    d.handle(submitted(2, reproducible=True))
+    d.run()
+    assert d.scheduler.line.room.prefixes.kept
+    scheduler = weakref.ref(d.scheduler)
+    gc.disable()
+    try:
+        del d
+        assert scheduler() is None
+    finally:
+        gc.enable()
 
 
 def test_timings() -> None:
