@@ -1,14 +1,15 @@
 """Work that waits for the disk, in a thread of its own: while a process ends asyncio's have gone already.
-And work on the event loop that takes turns with others.
+And work on the event loop that takes turns with others, or goes on without whoever began it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import Future
-from typing import TypeVar
+from contextvars import Context
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -36,6 +37,13 @@ def in_thread(work: Callable[[], T], name: str) -> Future[T]:
 async def off_loop(work: Callable[[], T]) -> T:
     """What `work` returns or raises."""
     return await asyncio.wrap_future(in_thread(work, "shimmy-guard"))
+
+
+def apart(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task that keeps nothing of the request that began it. Any other would for as long as somebody
+    has the task, in its context: Jupyter puts the handler there, with all that was sent.
+    """
+    return asyncio.create_task(work, context=Context())
 
 
 async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:

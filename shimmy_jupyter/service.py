@@ -118,20 +118,15 @@ class CompletionService:
         limits = [t for t in (request.max_seconds, visit.seconds) if t is not None]
         limit = min(limits, default=None)
         async with AsyncExitStack() as held:
-            try:
-                async with asyncio.timeout(limit):
-                    await visit.arrive(lambda before: report(_turn(before)))
-                    model, encoded, adapter = await self._prepared(request, held, report)
-                    made = self.library.made_by(model, adapter, encoded.tokens)
-                    visit.model_sha256 = made.sha256[0] if made.sha256 else None
-                    count = len(encoded.tokens)
-                    room = self._room(request, count, model.facts)
-                    max_tokens = await visit.reserve(
-                        count, request.max_tokens, room, choices=request.n
-                    )
-                    echo = await self._echo(model, request, encoded) if request.echo else None
-            except TimeoutError:
-                raise DeadlineExceeded("the request took longer than its max_seconds") from None
+            async with _deadline(limit):
+                await visit.arrive(lambda before: report(_turn(before)))
+                model, encoded, adapter = await self._prepared(request, held, report)
+                made = self.library.made_by(model, adapter, encoded.tokens)
+                visit.model_sha256 = made.sha256[0] if made.sha256 else None
+                count = len(encoded.tokens)
+                room = self._room(request, count, model.facts)
+                max_tokens = await visit.reserve(count, request.max_tokens, room, choices=request.n)
+                echo = await self._echo(model, request, encoded) if request.echo else None
             request = settled(request, max_tokens)
             if max_tokens == 0 and request.sampling.prompt_logprobs is None:
                 return Completion(request, count, visit=visit, echo=echo, made=made)
@@ -236,12 +231,9 @@ class CompletionService:
         visit = visit or self.visit(Asked(request.principal, request.request_id, "embeddings"))
         try:
             await visit.check(request)
-            try:
-                async with asyncio.timeout(visit.seconds):
-                    await visit.arrive(lambda before: None)
-                    found = await self._vectors(request, visit)
-            except TimeoutError:
-                raise DeadlineExceeded("the request took longer than max_seconds") from None
+            async with _deadline(visit.seconds):
+                await visit.arrive(lambda before: None)
+                found = await self._vectors(request, visit)
         except asyncio.CancelledError as gone:
             visit.end_later(result_of(gone))
             raise
@@ -357,6 +349,21 @@ class CompletionService:
         await self.library.close()
         await self.pool.close()
         await self.guard.close()
+
+
+@contextlib.asynccontextmanager
+async def _deadline(seconds: float | None) -> AsyncIterator[None]:
+    """Raises `DeadlineExceeded` after so many seconds."""
+    late = False
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        late = True
+    if late:
+        # Not amid the TimeoutError: by way of it the error would have the task whose error it is, and
+        # both would stay, with the request.
+        raise DeadlineExceeded("the request took longer than its max_seconds")
 
 
 def _turn(before: int) -> Progress:

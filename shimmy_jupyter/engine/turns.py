@@ -41,7 +41,10 @@ class Turns:
         await self._take(principal)
         task = asyncio.ensure_future(work())
         task.add_done_callback(self._kept)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        finally:
+            del task  # it has its error, whose traceback has this frame
 
     def _kept(self, task: asyncio.Future[Any]) -> None:
         if not task.cancelled():

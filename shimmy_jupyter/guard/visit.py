@@ -25,7 +25,7 @@ from ..errors import (
     RateLimitExceeded,
     ShimmyError,
 )
-from ..offloop import off_loop
+from ..offloop import apart, off_loop
 from ..types import CompletionRequest, EmbeddingRequest, Message, Usage
 from .asked import Asked, Subject, of_completion, of_embedding
 from .guard import NOTHING, Aside, Guard, counted, raise_denied, reason_of
@@ -74,7 +74,7 @@ class Visit:
         self.receipt: Receipt | None = None
         self.model_sha256: str | None = None
         self.usage: Usage | None = None
-        self.refused: ShimmyError | None = None
+        self.refused: Result | None = None
         self._guard = guard
         self._principal = guard.rules.known(asked.principal)
         self._began = guard.clock()
@@ -168,7 +168,7 @@ class Visit:
     def _begin(self) -> None:
         guard = self._guard
         writing = guard.write([self._entry("begin")], self.asked.route)
-        self._beginning = asyncio.ensure_future(guard.written(writing))
+        self._beginning = apart(guard.written(writing))
         # Where nobody comes to wait for it.
         self._beginning.add_done_callback(lambda done: done.cancelled() or done.exception())
 
@@ -267,7 +267,7 @@ class Visit:
 
     async def _end(self, result: Result) -> Receipt | None:
         if self.refused is not None and result.outcome == "cancelled":
-            result = replace(result_of(self.refused), usage=result.usage, output=result.output)
+            result = replace(self.refused, usage=result.usage, output=result.output)
         result = replace(result, usage=result.usage or self.usage)
         guard, id = self._guard, self._id
         guard.waiting.pop(id, None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from ..offloop import apart
 from ..types import Failure
 from .jobs import Progress, Report, settled
 from .sources import Found
@@ -105,7 +106,7 @@ def status_of(found: Found, entry: Entry[M]) -> ModelStatus:
 
 async def closed(model: Resident) -> None:
     """Free its memory, whoever gives up meanwhile."""
-    task = asyncio.ensure_future(model.close())
+    task = apart(model.close())
     stopped = await settled(task)
     if (error := task.exception()) is not None:
         log.error("a model could not be closed", exc_info=error)

@@ -16,6 +16,7 @@ from ...completion import Completion
 from ...errors import Cancelled, RateLimitExceeded, ShimmyError
 from ...guard.visit import Result, Visit, result_of
 from ...models.jobs import Progress
+from ...offloop import apart
 from ...types import CompletionRequest
 from .. import answers
 from .body import BodyHandler
@@ -78,6 +79,9 @@ class _GeneratingHandler(BodyHandler):
         except (StreamClosedError, Cancelled):
             # The client went away; leaving the block frees its sequence.
             self.log.debug("request %s: the client disconnected", self.request_id)
+        finally:
+            # A task has its error, whose traceback has this handler: each would keep the other.
+            self._starting = self._completion = None
 
     async def _started(self, request: CompletionRequest, visit: Visit) -> Completion:
         """Who goes away meanwhile gives up its place. Raises `Cancelled`."""
@@ -85,7 +89,7 @@ class _GeneratingHandler(BodyHandler):
             error = Cancelled("the client disconnected")
             await visit.end(result_of(error))
             raise error
-        self._starting = asyncio.create_task(self.service.start(request, visit=visit))
+        self._starting = apart(self.service.start(request, visit=visit))
         try:
             return await self._starting
         except asyncio.CancelledError as gone:
@@ -109,7 +113,7 @@ class _GeneratingHandler(BodyHandler):
     ) -> None:
         """Headers go with the first event, so a request that fails soon keeps its status."""
         heard = _Heard()
-        starting = asyncio.create_task(self.service.start(request, heard, visit))
+        starting = apart(self.service.start(request, heard, visit))
         starting.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             async for comment in writer.loading(starting, lambda: heard.progress):
@@ -118,7 +122,7 @@ class _GeneratingHandler(BodyHandler):
             completion = starting.result()
             await self.tell_limits(visit)
         except ShimmyError as error:
-            visit.refused = error
+            visit.refused = result_of(error)
             if not self._headers_written:
                 raise
             await self._send(writer.failed(error))
@@ -134,6 +138,7 @@ class _GeneratingHandler(BodyHandler):
                 visit.end_later(Result("cancelled", Cancelled.code))  # it may not have begun
             if starting.done() and not (starting.cancelled() or starting.exception()):
                 await starting.result().finish(Cancelled("the client disconnected"))
+            del starting  # as above
         if not self._gone:
             await self.finish(set_content_type="text/event-stream")
 
@@ -166,14 +171,16 @@ class _GeneratingHandler(BodyHandler):
             raise Cancelled("the client disconnected") from None
 
     async def _read_by_client(self, sending: Future[None]) -> None:
-        if sending.done():
-            return sending.result()  # most often: the system has taken all of it
         try:
+            if sending.done():
+                return sending.result()  # most often: the system has taken all of it
             async with asyncio.timeout(_UNREAD_SECONDS):
                 await sending
         except TimeoutError:
             self.request.connection.stream.close()  # type: ignore[union-attr]
             raise Cancelled("the client reads nothing") from None
+        finally:
+            del sending
 
 
 class _Api:

@@ -10,6 +10,7 @@ from tornado import web
 
 from ...errors import Cancelled, RateLimitExceeded
 from ...guard.visit import Result, Visit, result_of
+from ...offloop import apart
 from .body import BodyHandler
 from .completions import ignored_names
 
@@ -53,7 +54,7 @@ class _VectorsHandler(BodyHandler):
         if self._gone:
             visit.end_later(Result("cancelled", Cancelled.code))
             return
-        self._task = asyncio.create_task(self._computed(parsed, visit))
+        self._task = apart(self._computed(parsed, visit))
         try:
             answer = await self._task
         except asyncio.CancelledError:
@@ -64,6 +65,8 @@ class _VectorsHandler(BodyHandler):
         except RateLimitExceeded:
             await self.tell_limits(visit)
             raise
+        finally:
+            self._task = None  # it has its error, whose traceback has this handler
         await self.tell_limits(visit)
         self.set_header("Content-Type", "application/json")
         await self.finish(answer)
