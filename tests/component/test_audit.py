@@ -142,6 +142,7 @@ class TestOrder:
     ) -> None:
         assert guard.ledger is not None
         await ask(CHAT, chat())
+        await until(lambda: not guard._tasks)  # the rules are on record since the first request
         steps = len(fakes.made[0].batches)
         blocked, go = threading.Event(), threading.Event()
 
