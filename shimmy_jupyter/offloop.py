@@ -5,11 +5,14 @@ And work on the event loop that takes turns with others, or goes on without whoe
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from contextvars import Context
 from typing import Any, TypeVar
+
+from .errors import ShimmyError
 
 T = TypeVar("T")
 
@@ -22,16 +25,17 @@ def in_thread(work: Callable[[], T], name: str) -> Future[T]:
     done: Future[T] = Future()
     done.set_running_or_notify_cancel()
 
-    def run() -> None:
-        try:
-            result = work()
-        except BaseException as error:  # noqa: BLE001  raised where it is waited for
-            done.set_exception(error)
-        else:
-            done.set_result(result)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
+    threading.Thread(target=_settle, args=(done, work), name=name, daemon=True).start()
     return done
+
+
+def _settle(done: Future[T], work: Callable[[], T]) -> None:
+    try:
+        done.set_result(work())
+    except BaseException as error:  # noqa: BLE001  raised where it is waited for
+        done.set_exception(error)
+    finally:
+        del done  # it has the error, whose traceback has this frame
 
 
 async def off_loop(work: Callable[[], T]) -> T:
@@ -40,10 +44,20 @@ async def off_loop(work: Callable[[], T]) -> T:
 
 
 def apart(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """A task that keeps nothing of the request that began it. Any other would for as long as somebody
-    has the task, in its context: Jupyter puts the handler there, with all that was sent.
+    """A task whose context has nothing of the request that began it. Any other keeps that for as long as
+    somebody has the task: Jupyter puts the handler there, with all that was sent.
     """
     return asyncio.create_task(work, context=Context())
+
+
+async def shared(task: asyncio.Future[T]) -> T:
+    """What a task comes to that others wait for, too, or that is kept. An error is one's own copy: the task
+    would keep what is in the traceback, and others' tracebacks would be in it.
+    """
+    try:
+        return await asyncio.shield(task)
+    except ShimmyError as error:
+        raise copy.copy(error) from None
 
 
 async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:

@@ -363,7 +363,7 @@ async def _deadline(seconds: float | None) -> AsyncIterator[None]:
     if late:
         # Not amid the TimeoutError: by way of it the error would have the task whose error it is, and
         # both would stay, with the request.
-        raise DeadlineExceeded("the request took longer than its max_seconds")
+        raise DeadlineExceeded("the request took longer than its max_seconds") from None
 
 
 def _turn(before: int) -> Progress:

@@ -19,6 +19,8 @@ from ..types import Constraint, ModelFacts
 
 _ASIDE_TOKENS = 512
 """Of a prompt, from which on it is worth a context of its own."""
+_FLOPS = 5e10
+"""Of a modest processor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,11 @@ def capacity_of(facts: ModelFacts, spec: LoadSpec, sharing: Sharing, queue: int)
         aside_tokens=_ASIDE_TOKENS if facts.can_read_aside else 0,
         row_block=facts.row_block,
     )
+
+
+def guess_of(facts: ModelFacts) -> float:
+    """Seconds of a prompt's token, until that has been measured: two operations for each parameter."""
+    return 2 * max(facts.parameters, 1) / _FLOPS
 
 
 @dataclass(frozen=True, slots=True)

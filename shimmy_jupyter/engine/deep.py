@@ -47,21 +47,28 @@ async def in_deep_thread(work: Callable[[], T], text_bytes: int) -> T:
     """
     done: Future[T] = Future()
     done.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
-            done.set_exception(error)
-
     size = (_BASE + _PER_BYTE * text_bytes) // _PAGE * _PAGE
     with _creating:
         before = threading.stack_size(size)
         try:
-            threading.Thread(target=run, name="shimmy-text", daemon=True).start()
+            threading.Thread(
+                target=_settle, args=(done, work), name="shimmy-text", daemon=True
+            ).start()
         finally:
             threading.stack_size(before)
-    return await asyncio.wrap_future(done)
+    try:
+        return await asyncio.wrap_future(done)
+    finally:
+        del done  # as below
+
+
+def _settle(done: Future[T], work: Callable[[], T]) -> None:
+    try:
+        done.set_result(work())
+    except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
+        done.set_exception(error)
+    finally:
+        del done  # it has the error, whose traceback has this frame: each would keep the other
 
 
 def check_bytes(size: int, param: str) -> None:

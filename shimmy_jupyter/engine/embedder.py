@@ -15,12 +15,12 @@ from ..core.messages import Row
 from ..core.packing import Packing
 from ..errors import EngineLost, GenerationFailed
 from ..types import EmbeddingFacts, ModelFacts
+from .backend import guess_of
 from .turns import Turns
 from .worker import Engine
 
 STEP_SECONDS, ALONE_SECONDS = 0.15, 1.0
 """What a call is to take, while others decode and while nobody does."""
-_FLOPS = 5e10
 _QUICK = 0.3
 """Weight of the newest time for a token."""
 _ATTEMPTS = 64
@@ -47,7 +47,7 @@ class Embedder:
         # Of its own: a call is other work than a step.
         self._governor = Governor(facts.threads, fixed=fixed_threads)
         self._clock = clock
-        self._seconds = 2 * max(facts.parameters, 1) / _FLOPS
+        self._seconds = guess_of(facts)
         """For a token."""
 
     async def vectors(self, inputs: tuple[tuple[int, ...], ...], principal: str) -> list[bytes]:

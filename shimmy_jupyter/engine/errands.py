@@ -30,6 +30,8 @@ class Errand:
             self.done.set_exception(error)
         else:
             self.done.set_result(found)
+        finally:
+            del self  # it has the error, whose traceback has this frame: each would keep the other
 
     def give_up(self, error: ShimmyError) -> None:
         if self.done.running() or self.done.set_running_or_notify_cancel():

@@ -270,8 +270,9 @@ class _Child:
             raise
         if not isinstance(found, calls.Failed):
             return found
-        failure = found.error()
-        raise self._ended(failure.message) if isinstance(failure, EngineLost) else failure
+        if isinstance(found.error(), EngineLost):
+            raise self._ended(found.message)
+        raise found.error()  # by no name: its traceback has this frame
 
     def lost(self, why: str | None = None) -> EngineLost:
         """End it, if it has not ended. `why` completes a sentence; without it, how it ended does."""

@@ -29,7 +29,7 @@ from ..errors import (
     from_failure,
 )
 from ..types import Ended, Failure, FinishReason, ModelFacts, Sampling, Timings, Usage
-from .backend import Backend, LoadSpec, Sharing, capacity_of
+from .backend import Backend, LoadSpec, Sharing, capacity_of, guess_of
 from .errands import Errand, Errands
 from .statistics import EngineSnapshot, EngineStatistics, snapshot_of
 from .stream import TokenStream
@@ -44,8 +44,6 @@ _ATTEMPTS = 64
 """Of one step: far more than there are numbers of threads to fall back to."""
 _IDLE_SECONDS = 1.0
 """Without any event; then what is left is looked after."""
-_FLOPS = 5e10
-"""Of a modest processor: a first guess at what a prompt token takes, at two for each parameter."""
 
 
 class Engine:
@@ -158,13 +156,15 @@ class Engine:
         """What `work` returns or raises, on the engine's thread between two steps. One errand a step:
         keep it as short as a step. Raises what ended the engine.
         """
+        return await asyncio.wrap_future(self._sent(work))  # by no name: see `Errand.run`
+
+    def _sent(self, work: Callable[[], T]) -> Future[T]:
         errand = Errand(work)
         with self._gate:
             if self.failure is not None:
                 raise from_failure(self.failure)
             self._inbox.put(errand)
-        found: T = await asyncio.wrap_future(errand.done)
-        return found
+        return errand.done
 
     def ask_progress(self, id: int) -> None:
         """What it is waiting for comes to its stream."""
@@ -227,7 +227,7 @@ class Engine:
 
     def _plan_for(self, facts: ModelFacts) -> None:
         capacity = capacity_of(facts, self.spec, self._sharing, self._queue_size)
-        self.scheduler = Scheduler(capacity, guess=2 * max(facts.parameters, 1) / _FLOPS)
+        self.scheduler = Scheduler(capacity, guess=guess_of(facts))
         self.governor = Governor(facts.threads, fixed=self.spec.threads > 0)
 
     def _serve_until_it_ends(self) -> Failure:
@@ -242,16 +242,7 @@ class Engine:
 
     def _serve(self, scheduler: Scheduler) -> Failure:
         idle = True
-        while True:
-            for event in self._events(wait=idle):
-                if isinstance(event, Errand):
-                    self._errands.add(event)
-                    continue
-                if isinstance(event, m.Halted):
-                    return event.failure
-                said = scheduler.handle(event, self._clock())
-                self._carry_out(said)
-                self._tidy = isinstance(event, m.Idle) and not said
+        while (failure := self._hear(scheduler, wait=idle)) is None:
             step = self._carry_out(scheduler.handle(m.EngineReady(), self._clock()))
             self._flush()
             self._errands.run_one()
@@ -259,6 +250,20 @@ class Engine:
             if step is not None:
                 # Flushed with the next step: whoever reads would take the GIL while that is planned.
                 self._carry_out(scheduler.handle(self._decode(step), self._clock()))
+        return failure
+
+    def _hear(self, scheduler: Scheduler, *, wait: bool) -> Failure | None:
+        """Nothing of what has been heard is kept meanwhile: what ended it, if it has."""
+        for event in self._events(wait=wait):
+            if isinstance(event, Errand):
+                self._errands.add(event)
+                continue
+            if isinstance(event, m.Halted):
+                return event.failure
+            said = scheduler.handle(event, self._clock())
+            self._carry_out(said)
+            self._tidy = isinstance(event, m.Idle) and not said
+        return None
 
     def _events(self, *, wait: bool) -> Iterable[m.Event | Errand]:
         self.statistics.beat = None if wait else self._clock()

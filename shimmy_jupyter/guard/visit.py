@@ -25,7 +25,7 @@ from ..errors import (
     RateLimitExceeded,
     ShimmyError,
 )
-from ..offloop import apart, off_loop
+from ..offloop import apart, off_loop, shared
 from ..types import CompletionRequest, EmbeddingRequest, Message, Usage
 from .asked import Asked, Subject, of_completion, of_embedding
 from .guard import NOTHING, Aside, Guard, counted, raise_denied, reason_of
@@ -199,7 +199,7 @@ class Visit:
             self._reserved = False
             raise self._refusal(granted)
         if self._beginning is not None:
-            await asyncio.shield(self._beginning)
+            await shared(self._beginning)
         return granted
 
     def waits(self, place: Callable[[], int | None]) -> None:

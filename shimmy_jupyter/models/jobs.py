@@ -72,6 +72,7 @@ async def in_thread(work: Callable[[Stopped], T]) -> T:
         # A loop that has been closed meanwhile has nobody who waits.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, result, failure)
+        del failure  # its traceback has this frame
 
     threading.Thread(target=run, name="shimmy-work", daemon=True).start()
     try:

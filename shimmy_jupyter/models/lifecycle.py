@@ -21,7 +21,7 @@ from ..errors import (
     ShimmyError,
     ShuttingDown,
 )
-from ..offloop import apart, in_turns
+from ..offloop import apart, in_turns, shared
 from .catalog import Catalog
 from .jobs import Progress, Report, Stopped, asked_to_stop, in_thread, settled, unheard
 from .quarantine import Quarantine
@@ -103,7 +103,7 @@ class ModelPool(Generic[M]):
             entry.listeners.append(report)
             report(entry.progress)
             try:
-                model = await asyncio.shield(entry.task)
+                model = await shared(entry.task)
             except asyncio.CancelledError:
                 if not asked_to_stop():
                     continue  # it is the load that was stopped

@@ -1,12 +1,13 @@
-"""What a request leaves in memory when it is over: nothing, without anything looking for cycles.
+"""When a request is over, what has its prompt goes at once, and does not wait until Python looks for cycles.
 
-A handler has its request's prompt, messages and answer. Jupyter's context has the handler, and every
-task that a handler starts keeps that context: a handler that keeps a task would stay, with all of
-that, until Python next looks for cycles.
+That is the handler, which has the request's body and answer, its visit and its completion. Jupyter's context
+has the handler, and every task that a handler starts keeps that context; and an error has, by its traceback,
+the frames that it came through, and what they have.
 
 Cases: an answer in one body, as a stream, of several choices; a bad field; an unknown model; too long;
-a deadline; a step that fails, before a stream and within it; a full queue; a client that goes away amid
-its answer and while it waits; embeddings, one, many, with a bad field and too long; with limits and
+an error of a thread for texts, and of the engine's thread; a deadline; a step that fails, before a stream and
+within it; a model that cannot be loaded, which others wait for, too; a full queue; a client that goes away
+amid its answer and while it waits; embeddings, one, many, with a bad field, too long, failed; with limits and
 records; other routes.
 """
 
@@ -17,6 +18,7 @@ import gc
 import json
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,16 +26,20 @@ from typing import Any
 import pytest
 from jupyter_server.auth import IdentityProvider
 
+from shimmy_jupyter.completion import Completion
 from shimmy_jupyter.core.limits import Limits, LimitTable
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.fake import FakeBackend
+from shimmy_jupyter.errors import GenerationFailed
 from shimmy_jupyter.guard.guard import Guard, Rules
+from shimmy_jupyter.guard.visit import Visit
 from shimmy_jupyter.server.handlers.base import ShimmyHandler
 from shimmy_jupyter.types import EmbeddingFacts
 
 from .conftest import MODEL, Ask, Fakes, People, chat, new_guard, until
 
 CHAT = "v1/chat/completions"
+WRONG = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "wrong"}}}
 
 
 @pytest.fixture
@@ -43,19 +49,28 @@ def identity_provider_class() -> type[IdentityProvider] | None:
 
 @pytest.fixture
 def alive(server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[weakref.WeakSet[Any]]:
-    """The handlers that are there, where nothing looks for cycles."""
-    handlers: weakref.WeakSet[Any] = weakref.WeakSet()
-    made = ShimmyHandler.initialize
+    """The handlers, visits and completions that are there, where nothing looks for cycles."""
+    there: weakref.WeakSet[Any] = weakref.WeakSet()
+    seen: Counter[str] = Counter()
 
-    def initialize(handler: Any, *args: Any, **options: Any) -> None:
-        handlers.add(handler)
-        made(handler, *args, **options)
+    def watch(owner: Any, name: str) -> None:
+        made = getattr(owner, name)
 
-    monkeypatch.setattr(ShimmyHandler, "initialize", initialize)
+        def watched(one: Any, *args: Any, **options: Any) -> None:
+            there.add(one)
+            seen[owner.__name__] += 1
+            made(one, *args, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(ShimmyHandler, "initialize")
+    watch(Visit, "__init__")
+    watch(Completion, "__init__")
     gc.collect()
     gc.disable()
-    yield handlers
+    yield there
     gc.enable()
+    assert seen["ShimmyHandler"]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +82,8 @@ def alive(server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[weakref.Weak
         (200, "v1/completions", json.dumps({"model": MODEL, "prompt": "x"})),
         (400, CHAT, chat(max_tokens="x")),
         (400, CHAT, chat("x" * 100_000, stream=True)),
+        (400, CHAT, chat(response_format=WRONG)),
+        (400, CHAT, chat(response_format=WRONG, stream=True)),
         (404, CHAT, chat(model="nobody")),
         (404, CHAT, chat(model="nobody", stream=True)),
         (408, CHAT, chat(max_seconds=1e-6)),
@@ -95,6 +112,19 @@ async def test_a_failing_step(
     await until(lambda: not alive)
 
 
+async def test_a_model_that_cannot_be_loaded(
+    alive: weakref.WeakSet[Any], ask: Ask, fakes: Fakes
+) -> None:
+    def missing() -> FakeBackend:
+        raise ImportError("libllama.so: cannot open shared object file")
+
+    fakes.make = missing
+    asked = [ask(CHAT, chat(stream=stream)) for stream in (False, True, False)]
+    answers = await asyncio.gather(*asked)
+    assert {json.loads(one.body)["error"]["code"] for one in answers} == {"model_load_failed"}
+    await until(lambda: not alive)
+
+
 async def test_a_full_queue(alive: weakref.WeakSet[Any], ask: Ask, fakes: Fakes) -> None:
     gate = threading.Semaphore(0)
     fakes.make = lambda: FakeBackend(gate=gate)
@@ -106,6 +136,12 @@ async def test_a_full_queue(alive: weakref.WeakSet[Any], ask: Ask, fakes: Fakes)
     assert 503 in statuses
     del asked
     await until(lambda: not alive)
+
+
+def goes_on(gate: threading.Semaphore) -> None:
+    """One step: no more are let go than are taken."""
+    gate.acquire(blocking=False)
+    gate.release()
 
 
 class TestGoneAway:
@@ -139,7 +175,7 @@ class TestGoneAway:
             await until(lambda: fakes.models[0].active == 2)
             connection.close()
             # It is heard of between two steps.
-            await until(lambda: gate.release() or fakes.models[0].active < 2)
+            await until(lambda: goes_on(gate) or fakes.models[0].active < 2)
         gate.release(3000)
         assert (await first).status == 200
         await until(lambda: not alive)
@@ -155,6 +191,16 @@ class TestEmbeddings:
         fakes.make = lambda: FakeBackend(embedding=EmbeddingFacts("mean", 4, 64, 64, 4))
         answer = await ask("v1/embeddings", {"model": MODEL, "input": given})
         assert answer.status == status
+        await until(lambda: not alive)
+
+    async def test_failed(self, alive: weakref.WeakSet[Any], ask: Ask, fakes: Fakes) -> None:
+        class Failing(FakeBackend):
+            def embed(self, *_: Any, **__: Any) -> Any:
+                raise GenerationFailed("no vector")
+
+        fakes.make = lambda: Failing(embedding=EmbeddingFacts("mean", 4, 64, 64, 4))
+        answer = await ask("v1/embeddings", {"model": MODEL, "input": "abc"})
+        assert b"no vector" in answer.body
         await until(lambda: not alive)
 
 

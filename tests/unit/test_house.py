@@ -26,7 +26,7 @@ MAY_NEED: dict[str, set[str]] = {
     "audit": LOW,
     "guard": LOW | {"core", "audit", "offloop"},
     "completion": LOW | {"core", "engine", "audit", "guard"},
-    "offloop": set(),
+    "offloop": {"errors"},
     "administration": LOW | {"models", "guard"},
     "auditing": LOW | {"audit", "guard", "offloop"},
     "submission": LOW | {"engine"},
@@ -145,7 +145,10 @@ def test_nobody_forgets_that_they_were_cancelled() -> None:
     assert [dotted(p) for p in MODULES if "asyncio.wait_for(" in p.read_text()] == []
 
 
-SERVED = {"server", "service", "completion", "models", "guard", "audit", "auditing", "health"}
+SERVED = {"server", "service", "completion", "models", "guard", "audit", "auditing", "health"} | {
+    "administration",
+    "submission",
+}
 
 
 def test_no_task_keeps_the_request_that_began_it() -> None:
