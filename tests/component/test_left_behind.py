@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import socket
 import threading
 import weakref
 from collections import Counter
@@ -160,6 +161,22 @@ class TestGoneAway:
         connection.close()
         gate.release(1000)
         await until(lambda: fakes.models[0].active == 0)
+        await until(lambda: not alive)
+
+    async def test_having_read_slowly(
+        self, alive: weakref.WeakSet[Any], dial: Any, fakes: Fakes
+    ) -> None:
+        """The loop keeps until their time what was to be done if the client read nothing for a minute."""
+        gate = threading.Semaphore(3)
+        fakes.make = lambda: FakeBackend(lambda _: ["word " * 100] * 1000, gate=gate)
+        connection = await dial(CHAT, chat(stream=True, max_tokens=1000))
+        await connection.read_until(b"word")
+        sending = [one.request.connection.stream for one in alive if isinstance(one, ShimmyHandler)]
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sending[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        gate.release(1000)
+        await until(sending[0].writing)
+        connection.close()
         await until(lambda: not alive)
 
     async def test_while_it_waits(

@@ -8,8 +8,10 @@ import json
 import math
 import time
 import uuid
+import weakref
 from typing import Any, ClassVar
 
+from jupyter_server import CallContext
 from jupyter_server.auth import User
 from jupyter_server.auth.decorator import authorized
 from jupyter_server.base.handlers import APIHandler
@@ -124,6 +126,9 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
         self._look_again = time.monotonic() + LOOK_AGAIN_SECONDS
         self._accept_kernel_secret()
         await super().prepare()
+        # Jupyter's context has the handler, with all that was sent, and every task and every timer that
+        # is begun here copies that: the event loop keeps timers until their time, also when called off.
+        CallContext.set(CallContext.JUPYTER_HANDLER, weakref.proxy(self))
         # The decorators say so too; this also covers methods that no handler has.
         if not self.current_user and self.request.method != "OPTIONS":
             raise web.HTTPError(403)
