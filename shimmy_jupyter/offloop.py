@@ -1,5 +1,5 @@
 """Work that waits for the disk, in a thread of its own: while a process ends asyncio's have gone already.
-And work on the event loop that takes turns with others, or goes on without whoever began it.
+And work on the event loop that takes turns with others, or that several wait for.
 """
 
 from __future__ import annotations
@@ -7,10 +7,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
-from contextvars import Context
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from .errors import ShimmyError
 
@@ -41,13 +40,6 @@ def _settle(done: Future[T], work: Callable[[], T]) -> None:
 async def off_loop(work: Callable[[], T]) -> T:
     """What `work` returns or raises."""
     return await asyncio.wrap_future(in_thread(work, "shimmy-guard"))
-
-
-def apart(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """A task whose context has nothing of the request that began it. Any other keeps that for as long as
-    somebody has the task: Jupyter puts the handler there, with all that was sent.
-    """
-    return asyncio.create_task(work, context=Context())
 
 
 async def shared(task: asyncio.Future[T]) -> T:

@@ -20,7 +20,7 @@ from ..core.budgets import Crowd, Standing
 from ..core.limits import NAMES, Account, Limits, LimitTable, effective, named, tightened
 from ..core.policy import Policy
 from ..errors import AccessDenied, AuditUnavailable, RateLimitExceeded, ShimmyError
-from ..offloop import apart, off_loop
+from ..offloop import off_loop
 from ..types import Principal
 from .asked import Asked
 from .spending import Spending
@@ -330,7 +330,7 @@ class Guard:
 
     def later(self, work: Coroutine[Any, Any, Any]) -> None:
         """Work that nobody waits for, but the end of the service does."""
-        task = apart(work)
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
 

@@ -25,7 +25,7 @@ from ..errors import (
     RateLimitExceeded,
     ShimmyError,
 )
-from ..offloop import apart, off_loop, shared
+from ..offloop import off_loop, shared
 from ..types import CompletionRequest, EmbeddingRequest, Message, Usage
 from .asked import Asked, Subject, of_completion, of_embedding
 from .guard import NOTHING, Aside, Guard, counted, raise_denied, reason_of
@@ -168,7 +168,7 @@ class Visit:
     def _begin(self) -> None:
         guard = self._guard
         writing = guard.write([self._entry("begin")], self.asked.route)
-        self._beginning = apart(guard.written(writing))
+        self._beginning = asyncio.create_task(guard.written(writing))
         # Where nobody comes to wait for it.
         self._beginning.add_done_callback(lambda done: done.cancelled() or done.exception())
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import GgufError, ModelNotFound
-from ..offloop import apart
 from .gguf import GgufFacts, validate
 from .jobs import in_thread
 from .scan import Warning
@@ -66,7 +65,7 @@ class Catalog:
     async def _glance(self) -> dict[str, Found]:
         """By a look that may have begun before."""
         if self._looking is None or self._looking.done():
-            self._looking = apart(self._look())
+            self._looking = asyncio.create_task(self._look())
         return await asyncio.shield(self._looking)
 
     async def find(self, id: str) -> Found:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ..errors import Cancelled, InternalError, NotFound, QueueFull, ShimmyError, ShuttingDown
-from ..offloop import apart
 from ..types import Principal
 
 log = logging.getLogger("shimmy_jupyter.models")
@@ -217,7 +216,7 @@ class Jobs:
             raise QueueFull(f"{MOST_RUNNING} jobs of yours are running already, the most")
         job = Job(kind, subject, principal.name, self._clock())
         self._jobs[job.id] = job
-        task = self._tasks[job.id] = apart(self._run(job, work))
+        task = self._tasks[job.id] = asyncio.create_task(self._run(job, work))
         task.add_done_callback(lambda _: self._settle(job))
         return job
 

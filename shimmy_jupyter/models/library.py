@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AccessDenied, InvalidValue, ModelLoadFailed
-from ..offloop import apart
 from ..types import MadeBy, Principal
 from .attached import Attached
 from .gguf import GgufFacts
@@ -177,7 +176,7 @@ class ModelLibrary:
             return
         if self._reading is None or self._reading.done():
             models = await self.pool.catalog.models()
-            self._reading = apart(self._read_all(tuple(models.values())))
+            self._reading = asyncio.create_task(self._read_all(tuple(models.values())))
         await asyncio.wait([self._reading], timeout=patience)
 
     async def _read_all(self, models: tuple[Found, ...]) -> None:

@@ -21,7 +21,7 @@ from ..errors import (
     ShimmyError,
     ShuttingDown,
 )
-from ..offloop import apart, in_turns, shared
+from ..offloop import in_turns, shared
 from .catalog import Catalog
 from .jobs import Progress, Report, Stopped, asked_to_stop, in_thread, settled, unheard
 from .quarantine import Quarantine
@@ -150,11 +150,11 @@ class ModelPool(Generic[M]):
             if reason := self._quarantine.reason(path):
                 raise ModelLoadFailed(f"{found.id} is quarantined: {reason}")
             entry = self._entries[path] = Entry(found, self._clock())
-            entry.task = apart(self._load(entry))
+            entry.task = asyncio.create_task(self._load(entry))
             self._loads.add(entry.task)
             entry.task.add_done_callback(self._ended)
             if self._idle_unload and self._sweeper is None:
-                self._sweeper = apart(self._sweep())
+                self._sweeper = asyncio.create_task(self._sweep())
         return entry
 
     def _ended(self, load: asyncio.Task[M]) -> None:
@@ -217,7 +217,7 @@ class ModelPool(Generic[M]):
         """Nothing can interrupt it: who gives up meanwhile waits for its end."""
         log.info("loading model %s", entry.found.id)
         entry.report(_LOADING)
-        task = apart(self._loader(entry.found))
+        task = asyncio.create_task(self._loader(entry.found))
         if await settled(task):
             if not task.cancelled() and task.exception() is None:
                 await closed(task.result())
@@ -305,7 +305,7 @@ class ModelPool(Generic[M]):
         if self._entries.get(path) is not entry or entry.model is None:
             return
         self._leaving[path] = self._entries.pop(path)
-        drain = apart(self._drain(entry, entry.model))
+        drain = asyncio.create_task(self._drain(entry, entry.model))
         try:
             await asyncio.shield(drain)
         except asyncio.CancelledError:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from ..offloop import apart
 from ..types import Failure
 from .jobs import Progress, Report, settled
 from .sources import Found
@@ -106,7 +105,7 @@ def status_of(found: Found, entry: Entry[M]) -> ModelStatus:
 
 async def closed(model: Resident) -> None:
     """Free its memory, whoever gives up meanwhile."""
-    task = apart(model.close())
+    task = asyncio.create_task(model.close())
     stopped = await settled(task)
     if (error := task.exception()) is not None:
         log.error("a model could not be closed", exc_info=error)

@@ -35,7 +35,7 @@ MAY_NEED: dict[str, set[str]] = {
     "health": LOW | {"engine", "models", "guard", "audit", "service", "offloop"},
     "server": LOW
     | {"core", "engine", "models", "completion", "service", "guard", "audit", "health"}
-    | {"administration", "auditing", "offloop"},
+    | {"administration", "auditing"},
     "notebook": LOW,
     "frames": LOW | {"notebook"},
 }
@@ -143,22 +143,6 @@ def test_one_reader_of_the_environment() -> None:
 def test_nobody_forgets_that_they_were_cancelled() -> None:
     """Python 3.11's `asyncio.wait_for` does, where what it waited for came at the same moment."""
     assert [dotted(p) for p in MODULES if "asyncio.wait_for(" in p.read_text()] == []
-
-
-SERVED = {"server", "service", "completion", "models", "guard", "audit", "auditing", "health"} | {
-    "administration",
-    "submission",
-}
-
-
-def test_no_task_keeps_the_request_that_began_it() -> None:
-    """`offloop.apart` begins those that do not."""
-    assert [
-        name
-        for p in MODULES
-        if (name := dotted(p)).split(".")[0] in SERVED
-        and re.search(r"\b(create_task|ensure_future)\(", p.read_text())
-    ] == []
 
 
 def test_modules_stay_small() -> None:

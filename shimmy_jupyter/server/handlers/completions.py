@@ -16,7 +16,6 @@ from ...completion import Completion
 from ...errors import Cancelled, RateLimitExceeded, ShimmyError
 from ...guard.visit import Result, Visit, result_of
 from ...models.jobs import Progress
-from ...offloop import apart
 from ...types import CompletionRequest
 from .. import answers
 from .body import BodyHandler
@@ -89,7 +88,7 @@ class _GeneratingHandler(BodyHandler):
             error = Cancelled("the client disconnected")
             await visit.end(result_of(error))
             raise error
-        self._starting = apart(self.service.start(request, visit=visit))
+        self._starting = asyncio.create_task(self.service.start(request, visit=visit))
         try:
             return await self._starting
         except asyncio.CancelledError as gone:
@@ -113,7 +112,7 @@ class _GeneratingHandler(BodyHandler):
     ) -> None:
         """Headers go with the first event, so a request that fails soon keeps its status."""
         heard = _Heard()
-        starting = apart(self.service.start(request, heard, visit))
+        starting = asyncio.create_task(self.service.start(request, heard, visit))
         starting.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             async for comment in writer.loading(starting, lambda: heard.progress):

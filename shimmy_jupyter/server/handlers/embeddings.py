@@ -10,7 +10,6 @@ from tornado import web
 
 from ...errors import Cancelled, RateLimitExceeded
 from ...guard.visit import Result, Visit, result_of
-from ...offloop import apart
 from .body import BodyHandler
 from .completions import ignored_names
 
@@ -54,7 +53,7 @@ class _VectorsHandler(BodyHandler):
         if self._gone:
             visit.end_later(Result("cancelled", Cancelled.code))
             return
-        self._task = apart(self._computed(parsed, visit))
+        self._task = asyncio.create_task(self._computed(parsed, visit))
         try:
             answer = await self._task
         except asyncio.CancelledError:
