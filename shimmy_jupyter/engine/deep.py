@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
 
 from ..errors import ContextLengthExceeded, InvalidValue
+from ..offloop import in_thread
 
 T = TypeVar("T")
 
@@ -45,28 +45,15 @@ async def in_deep_thread(work: Callable[[], T], text_bytes: int) -> T:
 
     The stack is only addresses until it is used, and goes with the thread.
     """
-    done: Future[T] = Future()
-    done.set_running_or_notify_cancel()
     size = (_BASE + _PER_BYTE * text_bytes) // _PAGE * _PAGE
     with _creating:
         before = threading.stack_size(size)
         try:
-            threading.Thread(
-                target=_settle, args=(done, work), name="shimmy-text", daemon=True
-            ).start()
+            done = in_thread(work, "shimmy-text")
         finally:
             threading.stack_size(before)
     try:
         return await asyncio.wrap_future(done)
-    finally:
-        del done  # as below
-
-
-def _settle(done: Future[T], work: Callable[[], T]) -> None:
-    try:
-        done.set_result(work())
-    except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
-        done.set_exception(error)
     finally:
         del done  # it has the error, whose traceback has this frame: each would keep the other
 

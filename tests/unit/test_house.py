@@ -22,7 +22,7 @@ MAY_NEED: dict[str, set[str]] = {
     "cgroups": set(),
     "core": LOW,
     "models": LOW | {"offloop"},
-    "engine": LOW | {"core"},
+    "engine": LOW | {"core", "offloop"},
     "audit": LOW,
     "guard": LOW | {"core", "audit", "offloop"},
     "completion": LOW | {"core", "engine", "audit", "guard"},
