@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Generic
 
 from ..errors import ModelDrifted, ModelLoadFailed, UnsupportedParameter
+from ..offloop import shared
 from ..types import PinnedModel
 from .catalog import stamp_of
 from .jobs import unheard
@@ -53,18 +54,25 @@ class Attached(Generic[M]):
         look = self._pool.look
         stamp = await look(lambda _: stamp_of(found))
         known = entry.adapters.get(found.path)
-        if known is not None:
-            if known.stamp != stamp:
-                name = base.found.id
-                raise ModelLoadFailed(f"{found.id} has changed since it was loaded: unload {name}")
-            return
-        digest = await look(lambda stopped: vetting.adapter(base, found, unheard, stopped))
-        # Should it change meanwhile it is refused, until its model is unloaded and it with that.
-        entry.adapters[found.path] = LoadedAdapter(None, digest)
-        await model.use_adapter(str(found.path))
-        if await look(lambda _: stamp_of(found)) != stamp:
+        if known is None:
+            digest = await look(lambda stopped: vetting.adapter(base, found, unheard, stopped))
+            loading = asyncio.create_task(self._load(entry, model, found, stamp))
+            loading.add_done_callback(lambda done: done.cancelled() or done.exception())
+            known = entry.adapters[found.path] = LoadedAdapter(stamp, digest, loading)
+        elif known.stamp != stamp:
+            name = base.found.id
+            raise ModelLoadFailed(f"{found.id} has changed since it was loaded: unload {name}")
+        await shared(known.loading)
+
+    async def _load(self, entry: Entry[M], model: M, found: Found, stamp: object) -> None:
+        try:
+            await model.use_adapter(str(found.path))
+        except BaseException:
+            del entry.adapters[found.path]  # it may go better another time
+            raise
+        # Should it have changed it is refused until its model is unloaded, and it with that.
+        if await self._pool.look(lambda _: stamp_of(found)) != stamp:
             raise ModelLoadFailed(f"{found.id} was changed while it was loaded")
-        entry.adapters[found.path] = LoadedAdapter(stamp, digest)
 
     async def hold(self, id: str, adapter: str, pin: PinnedModel) -> None:
         """See to it that what is on the disk is what a request pins, before it is loaded. Raises

@@ -48,10 +48,12 @@ class ModelStatus:
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """A LoRA adapter as it was when it was loaded; `stamp` None where that cannot be told."""
+    """A LoRA adapter as it was when it was loaded, or as it is while it is."""
 
     stamp: object
     digest: str
+    loading: asyncio.Task[None]
+    """Goes on without whoever asked first."""
 
 
 M = TypeVar("M", bound=Resident)

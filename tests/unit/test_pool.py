@@ -21,6 +21,7 @@ from shimmy_jupyter.errors import (
     InvalidValue,
     ModelLoadFailed,
     ModelNotFound,
+    NotEnoughMemory,
     ShuttingDown,
 )
 from shimmy_jupyter.models import attached, lifecycle
@@ -328,6 +329,49 @@ async def test_an_adapter_that_changes_is_refused(house: House, monkeypatch: Any
                 await both.use_adapter(a, "a", "c")
     with pytest.raises(EngineLost):
         await both.use_adapter(Model("gone"), "a", "b")
+    await house.pool.close()
+
+
+async def test_an_adapter_goes_on_loading_without_who_asked_first(
+    house: House, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(attached, "stamp_of", lambda _: 1)
+    both = attached.Attached(house.pool, house.vet)  # type: ignore[arg-type]
+    asked, door = asyncio.Event(), asyncio.Event()
+
+    async def slow(path: str) -> None:
+        asked.set()
+        await door.wait()
+        a.adapters.append(path)
+
+    async with house.pool.use("a") as a:
+        monkeypatch.setattr(a, "use_adapter", slow)
+        first = asyncio.create_task(both.use_adapter(a, "a", "b"))
+        await asked.wait()
+        first.cancel()
+        await asyncio.wait([first])
+        assert first.cancelled()
+        others = [asyncio.create_task(both.use_adapter(a, "a", "b")) for _ in range(2)]
+        door.set()
+        assert await asyncio.gather(*others) == [Path("/m/b.gguf")] * 2
+        assert a.adapters == ["/m/b.gguf"]
+    await house.pool.close()
+
+
+async def test_an_adapter_that_failed_once_is_tried_again(house: House, monkeypatch: Any) -> None:
+    monkeypatch.setattr(attached, "stamp_of", lambda _: 1)
+    both = attached.Attached(house.pool, house.vet)  # type: ignore[arg-type]
+    async with house.pool.use("a") as a:
+        with monkeypatch.context() as once:
+
+            async def full(path: str) -> None:
+                raise NotEnoughMemory("no memory at the moment")
+
+            once.setattr(a, "use_adapter", full)
+            with pytest.raises(NotEnoughMemory, match="at the moment"):
+                await both.use_adapter(a, "a", "b")
+        assert await both.use_adapter(a, "a", "b") == Path("/m/b.gguf")
+        assert a.adapters == ["/m/b.gguf"]
     await house.pool.close()
 
 
