@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from .errors import AccessDenied
 from .guard.asked import Asked
 from .guard.guard import Guard
@@ -30,7 +32,10 @@ class Administration:
         return await self._done("verify", id, asked)
 
     async def _done(self, action: str, id: str, asked: Asked) -> Job:
-        await self._library.pool.catalog.find(id)
+        # Who may not is told so, whether there is such a model or not.
+        may = partial(self._guard.allows, asked.principal)
+        if may(action, id):
+            await self._library.pool.catalog.find(id, partial(may, "use"))
         await self._guard.act(asked, action, id)
         job: Job = await getattr(self._library, action)(id, asked.principal)
         return job

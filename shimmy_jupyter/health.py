@@ -122,12 +122,18 @@ class Surroundings:
         return found
 
 
-async def health(service: CompletionService, around: Surroundings | None = None) -> Health:
-    """Looks, and loads nothing. What cannot be told in time is degraded."""
+async def health(
+    service: CompletionService,
+    around: Surroundings | None = None,
+    tell: Callable[[str], bool] = lambda _: True,
+) -> Health:
+    """Looks, and loads nothing. What cannot be told in time is degraded. Models that `tell` does not allow
+    are not named.
+    """
     around, loaded = around or Surroundings(), service.pool.loaded()
     looks: dict[str, Awaitable[Dependency]] = {
         "engine": _engine(loaded, around),
-        "models": _models(service, around),
+        "models": _models(service, around, tell),
         "ledger": _ledger(service.guard, around),
         "limits": _limits(service.guard, around),
         "disk": _disk(service.guard.ledger, around),
@@ -202,7 +208,9 @@ def _lost(model: LoadedModel) -> _Trouble | None:
     return None
 
 
-async def _models(service: CompletionService, around: Surroundings) -> Dependency:
+async def _models(
+    service: CompletionService, around: Surroundings, tell: Callable[[str], bool]
+) -> Dependency:
     name = "models"
     # The first look at the disk may take long; it goes on for whoever asks next.
     async with asyncio.timeout(around.patience):
@@ -210,9 +218,12 @@ async def _models(service: CompletionService, around: Surroundings) -> Dependenc
     if not statuses:
         return Dependency(name, "down", "no models", "set ShimmyModels.roots")
     # A broken file that nobody has asked for is no concern of the server's.
-    failed = [f"{s.file.id}: {s.error}" for s in statuses if s.error and not s.file.problem]
+    failed = [s for s in statuses if s.error and not s.file.problem]
     if failed:
-        return Dependency(name, "degraded", "; ".join(failed), "replace the file, or remove it")
+        said = [f"{s.file.id}: {s.error}" for s in failed if tell(s.file.id)]
+        if others := len(failed) - len(said):
+            said.append(f"{others} that you may not use")
+        return Dependency(name, "degraded", "; ".join(said), "replace the file, or remove it")
     usable = sum(s.file.kind == "model" and not s.file.problem for s in statuses)
     return Dependency(name, "ok", f"{usable} available")
 

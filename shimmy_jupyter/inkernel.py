@@ -184,7 +184,7 @@ class InKernel:
 
     async def model(self, call: _Call) -> dict[str, Any]:
         (id,) = call.parts
-        self.service.check_seen(id, _ME)
+        await self.service.model(id, _ME)
         return (await self.service.library.describe_one(id)).to_json()
 
     async def pull(self, call: _Call) -> dict[str, Any]:

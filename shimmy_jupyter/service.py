@@ -136,10 +136,12 @@ class CompletionService:
             return Completion(request, count, streams, bell, visit=visit, echo=echo, made=made)
 
     async def _check_loading(self, id: str, principal: Principal) -> None:
-        """Raises `AccessDenied` where a model would have to be loaded for somebody who may not."""
+        """Raises `ModelNotFound`, and `AccessDenied` where a model would have to be loaded for somebody who
+        may not.
+        """
+        found = await self.pool.catalog.find(id, self.may_use(principal))
         if self.guard.allows(principal, "load", id):
             return
-        found = await self.pool.catalog.find(id)
         if self.pool.status_of(found).state != "loaded":
             raise AccessDenied(f"{id} is not in memory, and you may not load it", param="model")
 
@@ -176,10 +178,11 @@ class CompletionService:
         """Its path, once it is loaded; None where the request names none and the model has none."""
         attached = self.library.attached
         try:
-            may = self.guard.allows
-            if request.adapter and not may(request.principal, "load", request.adapter):
-                found = await self.pool.catalog.find(request.adapter)
-                if not model.has_adapter(str(found.path)):
+            who = request.principal
+            if request.adapter:
+                found = await self.pool.catalog.find(request.adapter, self.may_use(who))
+                may = self.guard.allows(who, "load", request.adapter)
+                if not (may or model.has_adapter(str(found.path))):
                     raise AccessDenied(
                         f"{found.id} is not in memory, and you may not load it", param="adapter"
                     )
@@ -330,14 +333,10 @@ class CompletionService:
         return lambda id: self.guard.allows(principal, "use", id)
 
     async def model(self, id: str, principal: Principal) -> ModelStatus:
-        """Raises `ModelNotFound`, also for one that this user may not use."""
-        self.check_seen(id, principal)
-        return self.pool.status_of(await self.pool.catalog.find(id))
-
-    def check_seen(self, id: str, principal: Principal) -> None:
-        """Raises `ModelNotFound` for a model that this user may not use, whether there is one or not."""
+        """Raises `ModelNotFound`, also for one that this user may not use, whether there is one or not."""
         if not self.guard.allows(principal, "use", id):
             raise ModelNotFound(f"there is no model {id[:128]!r} for you", param="model")
+        return self.pool.status_of(await self.pool.catalog.find(id, self.may_use(principal)))
 
     @property
     def active(self) -> int:

@@ -68,13 +68,15 @@ class Catalog:
             self._looking = asyncio.create_task(self._look())
         return await asyncio.shield(self._looking)
 
-    async def find(self, id: str) -> Found:
-        """Raises `ModelNotFound`. Looks again before it says so."""
+    async def find(self, id: str, tell: Callable[[str], bool] = lambda _: False) -> Found:
+        """Raises `ModelNotFound`, which names other models, those that `tell` allows. Looks again before it
+        says so.
+        """
         models = await self.models()
         if id not in models and self._clock() - self._looked >= PAUSE:
             models = await self.look()
         if id not in models:
-            said = await in_thread(lambda _: missing(id, models))
+            said = await in_thread(lambda _: missing(id, models, tell))
             raise ModelNotFound(said, param="model")
         return models[id]
 
@@ -96,9 +98,9 @@ class Catalog:
             await asyncio.gather(self._looking, return_exceptions=True)
 
 
-def missing(id: str, models: Mapping[str, Found]) -> str:
+def missing(id: str, models: Mapping[str, Found], tell: Callable[[str], bool]) -> str:
     """What to say of a name that no model has: the names that are like it, or what there is."""
-    usable = [name for name, found in models.items() if found.problem is None]
+    usable = [name for name, found in models.items() if found.problem is None and tell(name)]
     plain = id.rpartition("/")[2].removesuffix(".gguf")
     by_case = {name.lower(): name for name in usable}
     few = list(by_case)[:_COMPARED]
@@ -107,7 +109,7 @@ def missing(id: str, models: Mapping[str, Found]) -> str:
         names = " or ".join(repr(by_case[name]) for name in close)
         return f"there is no model {id!r}; did you mean {names}?"
     names = ", ".join(usable[:_NAMED] + ["…"] * (len(usable) > _NAMED))
-    return f"there is no model {id!r}; there are: {names}"
+    return f"there is no model {id!r}" + (f"; there are: {names}" if names else "")
 
 
 class HeaderFacts:

@@ -114,19 +114,24 @@ class ModelLibrary:
         (described,) = await in_thread(lambda _: self._describe([status]))
         return described
 
-    async def default(self, *, wait: bool = False) -> str | None:
-        """The model that answers where none is named: the first that is listed, chats, has not failed,
-        and would fit into this machine's memory if nothing else were there; else the bundled one. So it
-        does not change with what else is running. None while headers are being read that decide it,
+    async def default(
+        self, allows: Callable[[str], bool] = lambda _: True, *, wait: bool = False
+    ) -> str | None:
+        """The model that answers where none is named: the first that is listed, `allows` allows, chats, has
+        not failed, and would fit into this machine's memory if nothing else were there; else the bundled one.
+        So it does not change with what else is running. None while headers are being read that decide it,
         unless to `wait` for them.
         """
         await self._read_headers(None if wait else 0.0)
         if self._vetting is None:
-            return [*await self.pool.catalog.models()][-1]
+            listed = [*await self.pool.catalog.models()]
+            return next(filter(allows, reversed(listed)), listed[-1])
         statuses = await self.pool.status()
         with self._known:
             known = dict(self._facts), set(self._wrong)
-        return await in_thread(lambda _: self._chosen(statuses, *known))
+        return await in_thread(
+            lambda _: self._chosen([s for s in statuses if allows(s.file.id)], *known)
+        )
 
     def _chosen(
         self, statuses: list[ModelStatus], facts: dict[Path, GgufFacts], wrong: set[Path]

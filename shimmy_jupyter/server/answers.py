@@ -374,11 +374,7 @@ async def library(
     is named.
     """
     models = [one for one in models if allows(one.status.file.id)]
-    default = await found.default()
-    if default is not None and not allows(default):
-        files = (one.status.file for one in models)
-        usable = (file.id for file in files if file.kind == "model" and file.problem is None)
-        default = next(usable, default)
+    default = await found.default(allows)
 
     def listed() -> bytes:
         rows = _rows(one.to_json() for one in models)

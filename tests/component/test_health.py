@@ -240,6 +240,8 @@ class TestModels:
         assert found.status == "degraded"
         assert found.detail.startswith(f"{MODEL}: ")
         assert "/opt" not in found.detail
+        hidden = (await health(service, tell=lambda _: False)).to_json()["dependencies"][1]
+        assert (hidden["name"], hidden["detail"]) == ("models", "1 that you may not use")
 
     async def test_a_look_at_the_disk_that_hangs(self, service: Any, monkeypatch: Any) -> None:
         hang = threading.Event()

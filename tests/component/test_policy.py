@@ -112,6 +112,26 @@ class TestEveryRoute:
             hidden = await ask(path)
             assert hidden.error == (404, "model_not_found", "model")
 
+    async def test_names(self, guard: Guard, ask: Ask) -> None:
+        """Of those that somebody may not use no answer says more than of what is not there."""
+        guard.rules = Rules((Policy((Rule(False, ("use", "load"), ("other*",), users=("ann",)),)),))
+        for path, body in (
+            (CHAT, chat(model="other-70c")),
+            (CHAT, chat(adapter="other-70c")),
+            ("v1/embeddings", {"model": "zzz", "input": "hi"}),
+            ("api/tokenize", {"model": "zzz", "prompt": "hi"}),
+            ("v1/models/zzz", None),
+            ("api/models/zzz", None),
+            ("api/models/zzz/load", ""),
+            ("api/models/zzz/unload", ""),
+        ):
+            said = (await ask(path, body)).body.decode()
+            assert ("no model" in said or "policy_denied" in said, "70b" in said) == (True, False)
+            told = (await ask(path, body, who="bob")).body.decode()
+            assert "other-70b" in told
+        there, not_there = [await ask(f"api/models/other-70{x}/load", "") for x in "bc"]
+        assert there.error == not_there.error == (403, "policy_denied", "model")
+
     async def test_nothing_but_the_record_comes_of_it(
         self, guard: Guard, ask: Ask, tmp_path: Path
     ) -> None:

@@ -369,6 +369,7 @@ async def test_where_none_is_named(rig: Rig) -> None:
     random_gguf.write(rig.models / "c-chat.gguf", template=random_gguf.CHATML)
     service = rig.service()
     assert await service.library.default(wait=True) == "c-chat"
+    assert await service.library.default(lambda id: id != "c-chat", wait=True) == "self-test"
     assert await rig.service(memory_reserve=1 << 50).library.default(wait=True) == "self-test"
 
 

@@ -15,7 +15,8 @@ class HealthHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:metrics")
     async def get(self) -> None:
-        found = await health(self.service, self.settings.get("shimmy_surroundings"))
+        service, around = self.service, self.settings.get("shimmy_surroundings")
+        found = await health(service, around, service.may_use(self.principal))
         if not found.ok:
             self.set_status(503)
         await self.finish(found.to_json())

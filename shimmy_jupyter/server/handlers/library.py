@@ -63,7 +63,7 @@ class LibraryModelHandler(ShimmyHandler):
     @web.authenticated
     @authorized(action="read", resource="shimmy_jupyter:models")
     async def get(self, id: str) -> None:
-        self.service.check_seen(model_id(id), self.principal)
+        await self.service.model(model_id(id), self.principal)
         await self.finish((await self.service.library.describe_one(model_id(id))).to_json())
 
 
