@@ -21,7 +21,8 @@ MAX_TEXT_BYTES = 1 << 20
 """The longest text that is tokenized: its stack takes half a gigabyte of addresses."""
 _PER_BYTE = 512
 _BASE = 16 << 20
-_PAGE = 4096
+_PAGES = 64 << 10
+"""macOS wants whole pages, and no system's are larger."""
 
 # The size of new threads' stacks is a setting of the whole process.
 _creating = threading.Lock()
@@ -45,7 +46,7 @@ async def in_deep_thread(work: Callable[[], T], text_bytes: int) -> T:
 
     The stack is only addresses until it is used, and goes with the thread.
     """
-    size = (_BASE + _PER_BYTE * text_bytes) // _PAGE * _PAGE
+    size = (_BASE + _PER_BYTE * text_bytes) // _PAGES * _PAGES
     with _creating:
         before = threading.stack_size(size)
         try:
