@@ -57,9 +57,13 @@ class Constraint:
     source: str = ""
 
 
+_LEAST_TEMPERATURE = 1e-6
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. `temperature == 0` is greedy: the most likely token.
+    """How the next token is chosen. `temperature == 0` is the most likely token, as is one so low that it
+    could be no other (`greedy`).
 
     `top_k == 0`, `top_p == 1`, `min_p == 0`, `repeat_penalty == 1` and penalties of 0 are off.
     Penalties look at the last `repeat_last_n` tokens, prompt included. `seed` None is random.
@@ -88,6 +92,11 @@ class Sampling:
     constraint: Constraint | None = None
     reasoning: Reasoning | None = None
     """What may come before the answer, which alone the constraint and stop strings are for."""
+
+    @property
+    def greedy(self) -> bool:
+        # Divided by less, logits overflow a float32.
+        return self.temperature < _LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True)

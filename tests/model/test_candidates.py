@@ -81,6 +81,15 @@ class TestTheSame:
         row = logits(seed, 2.0, size)
         assert few(Sampling(temperature=0), row, 1) == whole(Sampling(temperature=0), row, 1)
 
+    @pytest.mark.parametrize("heat", [1e-45, 1e-40, 1e-38, 1e-30, 1e-7])
+    def test_hardly_warm(self, heat: float) -> None:
+        """Divided by that, a logit is no number any more."""
+        row = logits(3, 30.0, SIZE)
+        best = few(Sampling(temperature=0), row, 1)
+        for top_k in (0, 40):
+            sampling = Sampling(temperature=heat, top_k=top_k, seed=1)
+            assert few(sampling, row, 1) == whole(sampling, row, 1) == best
+
     def test_all_of_the_best_in_one_column(self) -> None:
         row = logits(1, 0.1)
         row[5 :: SIZE // 128] = np.linspace(5, 6, len(row[5 :: SIZE // 128]))

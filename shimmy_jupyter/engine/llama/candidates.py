@@ -105,7 +105,7 @@ def limit(sampling: Sampling, vocabulary: int) -> int | None:
     """The k of a request's chain, of a vocabulary of so many tokens; None: not for `Candidates`."""
     if vocabulary < _LEAST_TOKENS or changes_logits(sampling):
         return None
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return 0
     # With fewer columns the bound lets too many through.
     return sampling.top_k if 0 < 4 * sampling.top_k <= vocabulary // _ROWS else None

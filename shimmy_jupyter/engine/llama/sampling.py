@@ -34,7 +34,7 @@ def sampler_chain(sampling: Sampling, vocabulary: int) -> Any:
                 sampling.presence_penalty,
             )
         )
-    if sampling.temperature == 0:
+    if sampling.greedy:
         add(quick.llama_sampler_init_greedy())
         return chain
     if sampling.top_k:
