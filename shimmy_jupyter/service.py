@@ -14,6 +14,7 @@ from pathlib import Path
 from .auditing import Auditing
 from .completion import Completion, Echo, settled
 from .engine.embedder import Embedder
+from .engine.inputs import check_fits
 from .engine.model import Encoded, LoadedModel
 from .errors import (
     AccessDenied,
@@ -209,13 +210,7 @@ class CompletionService:
         param = "messages" if chat else "prompt"
         if prompt_tokens == 0:
             raise InvalidValue("the prompt is empty: there is nothing to continue", param=param)
-        over = prompt_tokens + (1 if wanted is None else 0) - context
-        if over > 0:
-            raise ContextLengthExceeded(
-                f"the prompt has {prompt_tokens} tokens: {over} too many for this model's context "
-                f"of {context}",
-                param=param,
-            )
+        check_fits(prompt_tokens, context, param, answer=1 if wanted is None else 0)
         if wanted is None:
             return min(self.default_max_tokens, context - prompt_tokens)
         over = prompt_tokens + wanted - context

@@ -1,9 +1,10 @@
-"""Texts to make vectors of, as they come in a request."""
+"""What comes in a request: texts to make vectors of, and prompts that have to fit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..errors import ContextLengthExceeded
 from ..types import EmbeddingInput
 from .deep import MAX_TEXT_BYTES
 
@@ -38,3 +39,13 @@ def texts_of(one: EmbeddingInput) -> tuple[str, ...]:
 
 def ids_of(one: EmbeddingInput) -> tuple[int, ...]:
     return tuple(token for token in one if isinstance(token, int))
+
+
+def check_fits(tokens: int, context: int, param: str, *, answer: int = 0) -> None:
+    """Raises `ContextLengthExceeded` for a prompt that leaves no room for so many tokens of an `answer`."""
+    over = tokens + answer - context
+    if over > 0:
+        raise ContextLengthExceeded(
+            f"the prompt has {tokens} tokens: {over} too many for this model's context of {context}",
+            param=param,
+        )

@@ -34,7 +34,7 @@ from ..types import (
 from .backend import Backend, LoadSpec, Sharing
 from .deep import bounded, check_bytes, in_deep_thread, longest
 from .embedder import Embedder
-from .inputs import batches, ids_of, size_of, texts_of
+from .inputs import batches, check_fits, ids_of, size_of, texts_of
 from .special import any_of
 from .stream import TokenStream
 from .template import ChatTemplate
@@ -166,6 +166,8 @@ class LoadedModel:
         if self._closed:
             raise ShuttingDown("the model is being unloaded")
         if isinstance(prompt, tuple) and not (prompt and isinstance(prompt[0], Message)):
+            # First, as to look at millions takes long.
+            check_fits(len(prompt), self.facts.context_size, "prompt")
             tokens = tuple(token for token in prompt if isinstance(token, int))
             self._check_ids(tokens, "prompt")
             with self._losing():
@@ -256,9 +258,11 @@ class LoadedModel:
             return await in_deep_thread(lambda: backend.tokenize_inputs(asked), longest(asked))
 
         encoded: tuple[tuple[int, ...], ...] = ()
-        if asked:
-            with self._losing():
+        with self._losing():
+            if asked:
                 encoded = await self._turns.keep(principal, tokenize)
+            else:
+                await asyncio.to_thread(backend.check)
         rest = iter(encoded)
         return [next(rest) if isinstance(one[0], str) else ids_of(one) for one, _ in some]
 

@@ -251,6 +251,14 @@ async def test_a_prompt_in_front(server: Any, jp_fetch: Any, stream: bool, max_t
     assert all(len(top) == 1 for top in scores["top_logprobs"][1:])
 
 
+async def test_a_prompt_of_tokens_that_is_too_long(server: Any, jp_fetch: Any) -> None:
+    """That is said before any of them is looked at."""
+    body = json.dumps({"model": MODEL, "prompt": [2**30] * 100_000})
+    status, error = await refused(jp_fetch, *COMPLETIONS, body=body)
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert error["message"].startswith("the prompt has 100000 tokens: ")
+
+
 async def test_a_prompt_of_tokens_in_front(server: Any, jp_fetch: Any) -> None:
     answer = await post(jp_fetch, *COMPLETIONS, prompt=[104], echo=True, logprobs=0, max_tokens=0)
     (choice,) = answer["choices"]

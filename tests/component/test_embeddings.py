@@ -202,6 +202,19 @@ async def test_an_engine_that_ended_unnoticed_is_loaded_again(
     assert len(fakes.models) == 2
 
 
+async def test_also_where_nothing_has_to_be_tokenized(
+    server: Any, jp_fetch: Any, fakes: Fakes
+) -> None:
+    assert (await post(jp_fetch, *EMBEDDINGS, input=[5]))["data"]
+
+    def gone() -> None:
+        raise EngineLost("gone")
+
+    fakes.models[0].engine.backend.check = gone  # type: ignore[method-assign]
+    assert len((await post(jp_fetch, *EMBEDDINGS, input=[[5], [6, 7]]))["data"]) == 2
+    assert len(fakes.models) == 2
+
+
 async def test_an_engine_that_ends_amid_it(server: Any, jp_fetch: Any, monkeypatch: Any) -> None:
     embed, calls = FakeBackend.embed, [0]
 
