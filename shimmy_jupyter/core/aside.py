@@ -41,6 +41,10 @@ class Aside:
         """Whether a slice has begun and is not done."""
         return self.current() is not None and self._slice is not None
 
+    def unfinished(self, sequence: Sequence) -> int:
+        """Tokens of its slice that has begun and is not done, also where it has just been given up."""
+        return len(self._slice.tokens) if self._sequence is sequence and self._slice else 0
+
     def suits(self, sequence: Sequence, left: int) -> bool:
         """Whether `left` tokens of its prompt are better read aside, with one of them for a step."""
         return 0 < self._least <= left and not sequence.scores_prompt and not sequence.aside_refused

@@ -9,10 +9,12 @@ is held stands still, and ends when it is told to.
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import random_gguf
@@ -20,6 +22,7 @@ import random_gguf
 from shimmy_jupyter.core import messages as m
 from shimmy_jupyter.engine.backend import Backend, StepResult
 from shimmy_jupyter.engine.llama import aside
+from shimmy_jupyter.engine.llama.context import Context
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import EngineCrashed
 
@@ -181,6 +184,63 @@ async def test_without_memory_for_it(model_path: Path, monkeypatch: pytest.Monke
         async with streaming(model, tokens(2, 40)):
             answer, _ = await ask(model, prompt, 16, NO_END)
         assert [read.refused for read in recorded.read] == [True]
+    async with loaded(model_path, kv_tokens=4096) as fresh:
+        agree(model_path, prompt, (await ask(fresh, prompt, 16, NO_END))[0], answer)
+
+
+@pytest.mark.parametrize("where", ["from the shared cache", "into it"])
+async def test_without_memory_for_a_part_of_it(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(self: Context, *_: int) -> None:
+        if (self is shared) == (where == "from the shared cache"):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return part(self, *_)
+
+    part = Context.part
+    prompt = tokens(1, 450)
+    async with slow(model_path) as (model, recorded):
+        shared = model.engine.backend._shared  # type: ignore[attr-defined]
+        await ask(model, prompt[:100], 1, NO_END)
+        async with streaming(model, tokens(2, 40)):
+            monkeypatch.setattr(Context, "part", full)
+            answer, _ = await ask(model, prompt, 16, NO_END)
+        assert [read.refused for read in recorded.read][-1]
+        assert not recorded.done
+    monkeypatch.undo()
+    async with loaded(model_path, kv_tokens=4096) as fresh:
+        agree(model_path, prompt, (await ask(fresh, prompt, 16, NO_END))[0], answer)
+
+
+async def test_given_up_while_its_context_is_made(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for that, and the next one is read aside once it is made."""
+    made, door = threading.Event(), threading.Event()
+
+    class Slow(Context):
+        def __init__(self, *args: Any) -> None:
+            made.set()
+            door.wait()
+            super().__init__(*args)
+
+    prompt = tokens(4, 450)
+    async with slow(model_path) as (model, recorded):
+        async with streaming(model, tokens(2, 40)) as pieces:
+            monkeypatch.setattr(aside, "Context", Slow)
+            try:
+                async with model.submit("ben", tokens(1, 450), 16, NO_END, ()) as given_up:
+                    await until(made.is_set)
+                await until(lambda: given_up.ended is not None)
+                asking = asyncio.ensure_future(ask(model, prompt, 16, NO_END))
+                before = len(pieces)
+                await until(lambda: len(pieces) > before + 3)
+                assert all(read.making for read in recorded.read)
+            finally:
+                door.set()
+            answer, _ = await asking
+        assert any(part.tokens == prompt[: len(part.tokens)] for part in recorded.done)
+    assert "shimmy-aside" not in {thread.name for thread in threading.enumerate()}
     async with loaded(model_path, kv_tokens=4096) as fresh:
         agree(model_path, prompt, (await ask(fresh, prompt, 16, NO_END))[0], answer)
 

@@ -158,14 +158,31 @@ class _Reader:
             return m.AsideRead(seconds, refused=True)
         assert self._context is not None
         start = work.part.start
-        moved = self._context.part(_OWN, start, start + len(work.part.tokens))
+        try:
+            moved = self._context.part(_OWN, start, start + len(work.part.tokens))
+        except OSError as error:
+            log.warning("a prompt could not be read aside: %s", error.strerror)
+            return m.AsideRead(seconds, refused=True)
         self._shared.add(self.slot, *moved)
         if work.part.last:
             self._jobs.put(None)
         return m.AsideRead(seconds, done=True)
 
+    def end(self) -> None:
+        """Stop amid whatever it does, and free its context. While that is made nothing stops it: it is
+        waited for by `close` alone.
+        """
+        self._turnstile.end()
+        self._jobs.put(None)
+        if self._context is not None or self._work is None:
+            self.close()
+
+    def ended(self, seconds: float) -> bool:
+        """Whether its context is free, in so many seconds."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def close(self) -> None:
-        """Stop amid whatever it does, and free its context."""
         atexit.unregister(self.close)
         self._turnstile.end()
         self._jobs.put(None)
@@ -177,8 +194,8 @@ class _Reader:
         while (work := self._jobs.get()) is not None:
             try:
                 work.done.set_result(self._compute(work))
-            except EngineCrashed as error:
-                log.warning("a prompt could not be read aside: %s", error.message)
+            except (EngineCrashed, OSError) as error:
+                log.warning("a prompt could not be read aside: %s", error)
                 work.done.set_result(False)
             except Exception as error:
                 log.exception("reading a prompt aside failed in a way that nobody foresaw")
@@ -223,28 +240,46 @@ class Asides:
         self._spec, self._cell = spec, cell
         """The largest shape; a `cell` of the cache has so many bytes."""
         self._reader: _Reader | None = None
+        self._left: _Reader | None = None
+        """One that was given up while its context was made: there is none beside it."""
 
     def go(self, part: m.Aside, threads: int, adapter: Any) -> float:
         """Compute for `part.seconds` at most. Returns the seconds that it took."""
-        if self._reader is None or self._reader.slot != part.slot:
-            self.close()
+        if self._reader is not None and self._reader.slot != part.slot:
+            self._leave(self._reader)
+        if self._left is not None:
+            began = time.perf_counter()
+            if not self._left.ended(min(part.seconds, _A_MOMENT)):
+                return time.perf_counter() - began
+            self._left.close()
+            self._left = None
+        if self._reader is None:
             self._reader = self._opened(part)
         return 0.0 if self._reader is None else self._reader.go(part, threads, adapter)
 
     def collect(self, seconds: float) -> m.AsideRead:
         """What `go` has come to."""
+        if self._left is not None:
+            return m.AsideRead(seconds, making=True)
         if self._reader is None:
             return m.AsideRead(seconds, refused=True)
         return self._reader.collect(seconds)
 
     def closing(self, slot: int) -> None:
         if self._reader is not None and self._reader.slot == slot:
-            self.close()
+            self._leave(self._reader)
 
     def close(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        for reader in (self._reader, self._left):
+            if reader is not None:
+                reader.close()
+        self._reader = self._left = None
+
+    def _leave(self, reader: _Reader) -> None:
+        reader.end()
+        self._reader = None
+        if not reader.ended(0):
+            self._left = reader
 
     def _opened(self, part: m.Aside) -> _Reader | None:
         tokens = math.ceil(part.end / 256) * 256
