@@ -56,6 +56,10 @@ class Good:
             raise EngineCrashed("thirteen")
         self.changes[slot] = self.changes.get(slot, 0) + 1
 
+    def flush(self) -> tuple[int, ...]:
+        """The sum of all changes."""
+        return (sum(self.changes.values()),)
+
     def step(self, step: Step, threads: int, limit: float | None = None) -> StepResult:
         asked = [row.slot for row in step.rows if row.sample]
         sampled = [

@@ -174,11 +174,12 @@ class Completion:
 
     @property
     def usage(self) -> Usage:
-        """Of all choices together; the prompt, which they share, counts once."""
+        """Of all choices together; the prompt, which they share, counts once: as much of it as one has read."""
         each = [ended.usage for ended in self.endings]
         generated = sum(usage.completion_tokens for usage in each)
         thought = sum(usage.reasoning_tokens for usage in each)
-        return Usage(self.prompt_tokens, generated, each[0].cached_tokens, thought)
+        prompt = max(usage.prompt_tokens for usage in each)
+        return Usage(prompt, generated, each[0].cached_tokens, thought)
 
     def close(self) -> None:
         for stream in self.streams:

@@ -131,6 +131,8 @@ class Submitted:
     stop: tuple[str, ...] = ()
     reproducible: bool = False
     adapter: str = ""
+    at: float | None = None
+    """When that was, where it is not just now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,13 @@ class Idle:
 
 
 @dataclass(frozen=True, slots=True)
+class Flushed:
+    """What was said has been done, without a step; but nothing is saved under these keys, for want of memory."""
+
+    unsaved: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Stepped:
     """The step is done. `seconds` is what it took, as measured around the native call.
 
@@ -193,11 +202,16 @@ class Stepped:
     threads: int = 1
     prompts: tuple[PromptScores, ...] = ()
     aside: AsideRead | None = None
+    unsaved: tuple[int, ...] = ()
+    """As of `Flushed`."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepAborted:
-    """The step was stopped amid its work and has left nothing behind; what it read aside may go on."""
+    """The step was stopped amid its work and has left nothing behind; what it read aside may go on.
+
+    Who gave it up has said so before.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +238,7 @@ Event = (
     | PublicDeclared
     | EngineReady
     | Idle
+    | Flushed
     | Stepped
     | StepAborted
     | StepFailed

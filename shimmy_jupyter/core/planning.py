@@ -71,6 +71,10 @@ class Planner:
         # What is paid too much counts for the next time, but idleness saves up nothing.
         self._owed = max(-seconds, self._owed - seconds)
 
+    def unfinished(self, sequence: Sequence) -> int:
+        """Tokens of its prompt that are being read aside."""
+        return self._aside.unfinished(sequence)
+
     def step(self, now: float, out: list[m.Instruction]) -> m.Step | None:
         """The next step, None where there is nothing to do; `out` gets what comes before."""
         self._line.room.move_out(out)
@@ -264,6 +268,7 @@ class Planner:
             scores = sequence.prompt[at + 1 : at + take + 1]
         tokens = sequence.prompt[at : at + take]
         self._in_step(sequence)
+        sequence.tried = take
         return m.Row(sequence.slot, at, tokens, take == sequence.prompt_left, scores)
 
     def _guesses(self, sequence: Sequence) -> tuple[int, ...]:

@@ -75,6 +75,8 @@ class PrefixCache:
         self.public: tuple[Tokens, ...] = ()
         self.kept: dict[int, Entry] = {}
         self.saved: dict[int, Entry] = {}
+        self.unsure: set[int] = set()
+        """Keys of what is saved only if there is memory for it."""
         self._whole = whole
         self._moment = 0
         self._keys = 0
@@ -95,6 +97,7 @@ class PrefixCache:
         self._keys += 1
         saved = Entry(self._keys, entry.owner, entry.tokens, entry.used, entry.since)
         self.saved[self._keys] = saved
+        self.unsure.add(self._keys)
         entry.copy = self._keys
         return saved
 
@@ -160,7 +163,8 @@ class PrefixCache:
         for slot, owner, tokens in live:
             yield Match(0, slot), owner, tokens
         for entry in self.saved.values():
-            yield Match(0, entry.place, saved=True, entry=entry), entry.owner, entry.tokens
+            if entry.place not in self.unsure:
+                yield Match(0, entry.place, saved=True, entry=entry), entry.owner, entry.tokens
 
     def _all(self) -> Iterator[Entry]:
         yield from self.kept.values()

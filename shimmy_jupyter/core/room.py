@@ -146,6 +146,12 @@ class Room:
                 left -= entry.size * self._save(entry, out, None, self._is_over)
         return out
 
+    def settle(self, unsaved: tuple[int, ...]) -> None:
+        """What was to be saved is, but for what had no memory under these keys: that is computed again."""
+        for key in unsaved:
+            self.prefixes.saved.pop(key, None)
+        self.prefixes.unsure.clear()
+
     def _move_idle(self, rows: int, source: Entry | None, out: list[m.Instruction]) -> None:
         """Move out what will have lain idle for too long when so many further rows have been computed."""
         has_room = True

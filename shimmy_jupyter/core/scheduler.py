@@ -68,7 +68,7 @@ class Scheduler:
             max_tokens=event.max_tokens,
             sampling=event.sampling,
             text=TextAssembler(event.stop, event.sampling.reasoning),
-            submitted_at=now,
+            submitted_at=now if event.at is None else event.at,
             reproducible=event.reproducible,
             adapter=event.adapter,
         )
@@ -145,9 +145,14 @@ class Scheduler:
     def _idle(self, event: m.Idle, now: float) -> list[m.Instruction]:
         return [] if self.sequences or self.halted is not None else self.line.room.write_back()
 
+    def _flushed(self, event: m.Flushed, now: float) -> list[m.Instruction]:
+        self.line.room.settle(event.unsaved)
+        return []
+
     def _stepped(self, event: m.Stepped, now: float) -> list[m.Instruction]:
         step, by_slot = self._take_step(), self._by_slot()
         rows = step.rows
+        self.line.room.settle(event.unsaved)
         sampled: dict[int, list[m.Sampled]] = {}
         for one in event.sampled:
             sampled.setdefault(one.slot, []).append(one)
@@ -164,7 +169,7 @@ class Scheduler:
                 decoding += 1
             else:
                 prompt += len(row.tokens)
-            sequence.in_step = False
+            sequence.in_step, sequence.tried = False, 0
             sequence.cached = row.start + len(row.tokens) - row.guessed
             if sequence.state is State.CANCELLING:
                 instructions += self._end_unwanted(sequence, now)
@@ -242,6 +247,7 @@ class Scheduler:
         m.PublicDeclared: _public_declared,
         m.EngineReady: _engine_ready,
         m.Idle: _idle,
+        m.Flushed: _flushed,
         m.Stepped: _stepped,
         m.StepAborted: _step_aborted,
         m.StepFailed: _step_failed,
@@ -303,8 +309,7 @@ class Scheduler:
             sequence.state = State.PAUSED if sequence.reader_full else State.DECODE
 
     def _end_unwanted(self, sequence: Sequence, now: float) -> list[m.Instruction]:
-        failed = sequence.failure is not None
-        reason = FinishReason.ERROR if failed else FinishReason.CANCELLED
+        reason = FinishReason.CANCELLED if sequence.failure is None else FinishReason.ERROR
         return self._end(sequence, reason, now, sequence.failure)
 
     def _end(
@@ -327,6 +332,8 @@ class Scheduler:
         if sequence.state is State.QUEUED:
             self.line.leave(sequence)
         else:
+            # What is read aside and not done has taken its time, too.
+            self.line.charge_prompt(sequence, self._planner.unfinished(sequence))
             instructions.append(self.line.release(sequence, keep=keep))
             del self.running[sequence.id]
         del self.sequences[sequence.id]

@@ -57,6 +57,8 @@ class Sequence:
     """Tokens, prompt's and answer's, whose KV is in the cache."""
     reused: int = 0
     """Of these, the prompt's that were there already."""
+    tried: int = 0
+    """Rows of its step in progress, or of one that has come to nothing."""
     answer: list[int] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
     """Tokens whose text has not been shown yet, where log-probabilities are wanted."""
@@ -113,7 +115,11 @@ class Sequence:
         return (*self.prompt, *self.answer[: self.cached - len(self.prompt)])
 
     def usage(self) -> Usage:
-        return Usage(len(self.prompt), self.generated, self.reused, self.thought)
+        """Of a prompt that was given up, what had been read, and was about to be: that has taken its time."""
+        prompt = (
+            len(self.prompt) if self.answer else min(self.cached + self.tried, len(self.prompt))
+        )
+        return Usage(prompt, self.generated, self.reused, self.thought)
 
     def timings(self, now: float) -> Timings:
         queued_until = self.admitted_at if self.admitted_at is not None else now

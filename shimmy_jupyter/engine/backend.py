@@ -111,6 +111,10 @@ class StepResult:
     """Of the rows that have `scores`, in their order."""
     aside: AsideRead | None = None
     """Where the step had something to read aside and was not aborted."""
+    unsaved: tuple[int, ...] = ()
+    """Keys under which nothing could be saved, for want of memory, since that was last told: not by a step
+    that was aborted or failed.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +169,13 @@ class Backend(Protocol):
         ...
 
     def apply(self, change: SlotChange) -> None:
-        """Change what a slot holds. May be deferred until the next `step`, whose errors it has."""
+        """Change what a slot holds. May be deferred until the next `step` or `flush`, whose errors it has."""
+        ...
+
+    def flush(self) -> tuple[int, ...]:
+        """Carry out what has been deferred, before nothing is done for a while. Returns what a step's
+        `unsaved` would have.
+        """
         ...
 
     def step(self, step: Step, threads: int, limit: float | None = None) -> StepResult:

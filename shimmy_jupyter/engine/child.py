@@ -143,7 +143,9 @@ class _Server:
                 failed = failed or error  # the other slots' changes still have to happen
         if failed is not None:
             raise failed
-        return StepResult((), 0.0) if work.step is None else self._step(work, work.step)
+        if work.step is None:
+            return StepResult((), 0.0, unsaved=self._loaded().flush())
+        return self._step(work, work.step)
 
     def _step(self, work: calls.Work, step: Step) -> StepResult:
         with self._at_work(work.number) as wanted:

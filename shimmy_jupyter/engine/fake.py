@@ -136,6 +136,9 @@ class FakeBackend:
             case m.DropSaved(key):
                 del self.saved[key]
 
+    def flush(self) -> tuple[int, ...]:
+        return ()
+
     def step(self, step: m.Step, threads: int, limit: float | None = None) -> StepResult:
         self._aborted.clear()
         if self.gate is not None:

@@ -11,22 +11,23 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from ..core.messages import Row, SlotChange, Step
-from ..errors import EngineLost, Misconfigured, ModelLoadFailed, without_folders
+from ..errors import EngineLost, Misconfigured, ModelLoadFailed
 from ..types import Constraint, ModelFacts
 from . import calls, wire
 from .backend import Embedded, LoadSpec, StepResult
 from .channel import Channel, WireError
+from .last_words import LastWords, ending
 
 T = TypeVar("T")
 
@@ -35,7 +36,6 @@ log = logging.getLogger("shimmy_jupyter.engine.child")
 _POSIX = os.name == "posix"
 _MOST_CHANGES = 256
 _GRACE = 5.0
-_LONGEST_LINE = 4096
 _UNLOADED = "the model has been unloaded"
 
 _ALLOWED = re.compile(
@@ -45,7 +45,6 @@ _ALLOWED = re.compile(
     r"|(OMP|GOMP|KMP|MKL|OPENBLAS|BLIS|GGML|CUDA|HIP|ROCR|ROCM|HSA|VK|SYCL|ONEAPI|ZE|MTL)_\w+"
 )
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_LEVELLED = re.compile(r"<(\d{1,2})>(.*)")
 
 
 def child_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -60,7 +59,7 @@ def child_environment(environment: Mapping[str, str] = os.environ) -> dict[str, 
 class IsolatedBackend:
     """The backend that `factory` ("module:callable") makes, in a child process.
 
-    Changes wait for the next step and travel with it, so a step is one round trip. A child that does
+    Changes wait for the next step and travel with it, so a step is one round trip, or for `flush`. A child that does
     not answer for `hang_seconds`, or has not loaded within `load_seconds`, is killed. Once it is
     lost every call says how, until it is unloaded and loaded again.
     """
@@ -76,6 +75,7 @@ class IsolatedBackend:
         self._hang_seconds, self._load_seconds = hang_seconds, load_seconds
         self._child: _Child | None = None
         self._changes: list[SlotChange] = []
+        self._unsaved: tuple[int, ...] = ()
         self._number = 0
         self._stepping = 0
         """The number of the step in progress, 0 between steps."""
@@ -160,10 +160,19 @@ class IsolatedBackend:
             child.ask(child.work, request, calls.Done, self._load_seconds, wire.MAX_STEP_REPLY)
 
     def apply(self, change: SlotChange) -> None:
-        child = self._running()
+        self._running()
         self._changes.append(change)
         if len(self._changes) >= _MOST_CHANGES:
-            self._work(child, calls.Work(0, self._taken()))
+            self._carry_out()
+
+    def flush(self) -> tuple[int, ...]:
+        if self._changes:
+            self._carry_out()
+        found, self._unsaved = self._unsaved, ()
+        return found
+
+    def _carry_out(self) -> None:
+        self._unsaved += self._work(self._running(), calls.Work(0, self._taken())).unsaved
 
     def step(self, step: Step, threads: int, limit: float | None = None) -> StepResult:
         child = self._running()
@@ -172,6 +181,9 @@ class IsolatedBackend:
         result = self._work(child, work, limit or 0.0)
         if not wire.answers(step, result):
             raise child.lost("answered for other sequences than it was asked to")
+        if self._unsaved and not result.aborted:
+            result = replace(result, unsaved=self._unsaved + result.unsaved)
+            self._unsaved = ()
         return result
 
     def embed(self, rows: tuple[Row, ...], threads: int, limit: float | None = None) -> Embedded:
@@ -235,7 +247,7 @@ class _Child:
                 theirs.close()
         self.work, self.side = (Channel(ours) for ours, _ in pairs)
         assert self._process.stderr is not None
-        self._stderr = _Stderr(self._process.stderr, models)
+        self._stderr = LastWords(self._process.stderr, models)
 
     @property
     def pid(self) -> int | None:
@@ -294,7 +306,7 @@ class _Child:
         if code is None:
             return "the engine's process closed its connection and was stopped"
         self._stderr.join(1.0)
-        return f"the engine's process {_ending(code, self._stderr.last)}"
+        return f"the engine's process {ending(code, self._stderr.last)}"
 
     def _kill(self) -> None:
         if self._process.poll() is None:
@@ -346,52 +358,3 @@ def _start(factory: str, descriptors: list[int]) -> subprocess.Popen[bytes]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ModelLoadFailed(f"the engine's process does not start: {reason}") from error
-
-
-class _Stderr:
-    """Logs what the child says, and remembers what may have been its last words."""
-
-    def __init__(self, stream: IO[bytes], models: Path) -> None:
-        self._stream = stream
-        self._models = str(models)
-        self._said = ""
-        self._thread = threading.Thread(target=self._read, name="shimmy-stderr", daemon=True)
-        self._thread.start()
-        self.join = self._thread.join
-
-    @property
-    def last(self) -> str:
-        """The last complaint, without the folders of the server's file system."""
-        return without_folders(self._said.replace(f"{self._models}{os.sep}", ""))[:300]
-
-    def _read(self) -> None:
-        with self._stream as stream:
-            while line := stream.readline(_LONGEST_LINE):
-                text = line.decode("utf-8", "replace").rstrip()
-                self._heed("".join(c if c.isprintable() else " " for c in text))
-
-    def _heed(self, line: str) -> None:
-        known = _LEVELLED.fullmatch(line)
-        # What no logger has written comes from a native library, often just before it aborts.
-        level, text = (int(known[1]), known[2]) if known else (logging.WARNING, line)
-        log.log(level, "%s", text)
-        if text.strip() and (known is None or level >= logging.ERROR):
-            self._said = text.strip()
-
-
-_SIGNALS = {
-    "SIGKILL": "was killed (SIGKILL), possibly because memory ran out",
-    "SIGABRT": "gave up (SIGABRT)",
-    "SIGILL": "used an instruction that this processor lacks (SIGILL); llama-cpp-python must be built "
-    "for it",
-    "SIGBUS": "could not read its memory (SIGBUS); was the model's file changed or cut short?",
-    "SIGSEGV": "crashed (SIGSEGV)",
-}
-
-
-def _ending(code: int, said: str) -> str:
-    """How a process ended, in words, and what it `said` where the end was its own doing."""
-    names = {number.value: number.name for number in signal.Signals}
-    name = names.get(-code, f"signal {-code}")
-    how = f"ended with exit code {code}" if code >= 0 else _SIGNALS.get(name, f"ended by {name}")
-    return f"{how}: {said}" if said and (code >= 0 or name == "SIGABRT") else how

@@ -109,6 +109,7 @@ def _plain(value: Any) -> Any:
             [one.held for one in found],
             value.prompts,
             value.aside,
+            value.unsaved,
         ]
     if is_dataclass(value):
         return _named_fields(value)
@@ -258,7 +259,7 @@ _LONGEST_PIECE = 4096
 
 
 def _step_result(values: list[Any]) -> StepResult:
-    _same_length(values, "...........")
+    _same_length(values, "............")
     seconds, aborted = values[:2]
     if type(seconds) not in {float, int} or type(aborted) is not bool:
         raise WireError("a step's result without its time")
@@ -274,7 +275,7 @@ def _step_result(values: list[Any]) -> StepResult:
     found = map(Sampled, slots, tokens, pieces, ends, why, scored, held)
     prompts = _reader(tuple[PromptScores, ...])(values[9])
     aside = _reader(AsideRead | None)(values[10])
-    return StepResult(tuple(found), seconds, aborted, prompts, aside)
+    return StepResult(tuple(found), seconds, aborted, prompts, aside, _ids(values[11]))
 
 
 def answers(step: Step, result: StepResult) -> bool:

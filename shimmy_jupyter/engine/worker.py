@@ -31,6 +31,7 @@ from ..errors import (
 from ..types import Ended, Failure, FinishReason, ModelFacts, Sampling, Timings, Usage
 from .backend import Backend, LoadSpec, Sharing, capacity_of, guess_of
 from .errands import Errand, Errands
+from .outbox import Outbox
 from .statistics import EngineSnapshot, EngineStatistics, snapshot_of
 from .stream import TokenStream
 
@@ -39,7 +40,6 @@ log = logging.getLogger("shimmy_jupyter.engine")
 T = TypeVar("T")
 
 _STOPPED = Failure("shutting_down", "the engine is shutting down")
-_Delivery = tuple[TokenStream, m.Emit | m.Progress | Ended]
 _ATTEMPTS = 64
 """Of one step: far more than there are numbers of threads to fall back to."""
 _IDLE_SECONDS = 1.0
@@ -71,7 +71,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[m.Event | Errand] = queue.SimpleQueue()
         self._errands = Errands()
         self._streams: dict[int, TokenStream] = {}
-        self._outbox: list[_Delivery] = []
+        self._outbox = Outbox()
         self._facts: Future[ModelFacts] = Future()
         self._freed: Future[None] = Future()
         self._gate = threading.Lock()
@@ -131,7 +131,7 @@ class Engine:
                 raise QueueFull(f"{len(self._streams)} requests are open already; try again later")
             stream = TokenStream(next(self._ids), self._stream_capacity, self, principal)
             self._streams[stream.id] = stream
-            asked = prompt, max_tokens, sampling, stop, reproducible, adapter
+            asked = prompt, max_tokens, sampling, stop, reproducible, adapter, self._clock()
             self._inbox.put(m.Submitted(stream.id, principal, *asked))
         if max_seconds is not None:
             stream.expires = stream.loop.call_later(max_seconds, self.expire, stream.id)
@@ -248,8 +248,16 @@ class Engine:
             self._errands.run_one()
             idle = step is None and not self._errands
             if step is not None:
+                done = self._decode(step)
+                if isinstance(done, m.StepAborted):
+                    # Who gave it up has said so by now, and is charged for it.
+                    failure = self._hear(scheduler, wait=False)
+                    if failure is not None:
+                        break
                 # Flushed with the next step: whoever reads would take the GIL while that is planned.
-                self._carry_out(scheduler.handle(self._decode(step), self._clock()))
+                self._carry_out(scheduler.handle(done, self._clock()))
+            elif idle:
+                scheduler.handle(m.Flushed(self.backend.flush()), self._clock())
         return failure
 
     def _hear(self, scheduler: Scheduler, *, wait: bool) -> Failure | None:
@@ -322,7 +330,8 @@ class Engine:
             raise EngineLost("its steps are aborted again and again, though nobody asks for it")
         self.statistics.count(len(step.rows), len(result.sampled))
         seconds, threads = result.seconds, plan.threads
-        return m.Stepped(result.sampled, seconds, threads, result.prompts, result.aside)
+        read = result.prompts, result.aside, result.unsaved
+        return m.Stepped(result.sampled, seconds, threads, *read)
 
     def _carry_out(self, instructions: list[m.Instruction]) -> m.Step | None:
         for instruction in instructions:
@@ -340,12 +349,12 @@ class Engine:
             with self._gate:
                 stream = self._streams.pop(instruction.id)
                 self._unwanted.discard(instruction.id)
-            self._outbox.append((stream, instruction.ended))
+            self._outbox.add(stream, instruction.ended)
         elif isinstance(instruction, m.Progress):
-            self._outbox.append((self._streams[instruction.id], instruction))
+            self._outbox.add(self._streams[instruction.id], instruction)
         else:
             stream = self._streams[instruction.id]
-            self._outbox.append((stream, instruction))
+            self._outbox.add(stream, instruction)
             stream.count_sent()
 
     def _finish(self, failure: Failure) -> None:
@@ -379,22 +388,5 @@ class Engine:
             self._freed.set_result(None)
 
     def _flush(self) -> None:
-        if not self._outbox:
-            return
-        deliveries, self._outbox = self._outbox, []
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
-        for stream, item in deliveries:
-            by_loop.setdefault(stream.loop, []).append((stream, item))
-        for loop, items in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_deliver, items)
-            except RuntimeError:
-                # The loop is closed, so nobody is left to read; free what its streams hold.
-                for stream, item in items:
-                    if not isinstance(item, Ended):
-                        self._inbox.put(m.CancelRequested(stream.id))
-
-
-def _deliver(items: list[_Delivery]) -> None:
-    for stream, item in items:
-        stream.deliver(item)
+        for id in self._outbox.flush():
+            self._inbox.put(m.CancelRequested(id))

@@ -5,6 +5,7 @@ real engine, in this process and in one of its own.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -14,7 +15,7 @@ import random_gguf
 
 from shimmy_jupyter.core.messages import Row
 from shimmy_jupyter.engine.backend import LoadSpec, Sharing
-from shimmy_jupyter.engine.llama import LlamaBackend
+from shimmy_jupyter.engine.llama import LlamaBackend, context
 from shimmy_jupyter.engine.llama.binding import quick
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import DeadlineExceeded
@@ -103,6 +104,28 @@ class TestPrefixes:
             again, ended = await ask(model, tokens(1, 300), 8, NO_END)
             assert ended.usage.cached_tokens == 299
             agree(model_path, tokens(1, 300), first, again)
+
+    @pytest.mark.parametrize("isolation", ["none"], indirect=True)
+    async def test_no_memory_to_save_it(
+        self, model_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is computed again, and nobody else is disturbed."""
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        sharing = Sharing(saved_bytes=64 << 20)
+        async with loaded(model_path, sharing, kv_tokens=512, context_size=400) as model:
+            first, _ = await ask(model, tokens(1, 300), 8, NO_END)
+            with monkeypatch.context() as patched:
+                patched.setattr(context.mmap, "mmap", full)
+                await ask(model, tokens(2, 300), 8, NO_END, who="ben")
+            again, ended = await ask(model, tokens(1, 300), 8, NO_END)
+            assert ended.usage.cached_tokens == 0
+            agree(model_path, tokens(1, 300), first, again)
+            # What is saved from now on is there again.
+            _, ended = await ask(model, tokens(2, 300), 8, NO_END, who="ben")
+            assert ended.usage.cached_tokens == 299
 
     async def test_memory_that_another_was_saved_in(self, model_path: Path) -> None:
         async with loaded(model_path, kv_tokens=512, context_size=400) as model:

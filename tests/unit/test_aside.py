@@ -210,6 +210,7 @@ def test_given_up_amid_a_slice() -> None:
     d.next()
     d.handle(m.EngineReady())
     assert d.scheduler.stepping() == {1, 2}
+    before = d.scheduler.line.counters["q"] - 800
     d.handle(m.CancelRequested(2))
     assert 2 in d.scheduler.sequences  # its slot is in use
     step = d.scheduler.step
@@ -218,6 +219,7 @@ def test_given_up_amid_a_slice() -> None:
     d.handle(m.Stepped((sampled(step.rows[0].slot),), SLOW, 1, aside=m.AsideRead(0.1)))
     assert d.ended(2).ended.reason is FinishReason.CANCELLED
     assert m.CloseSlot(step.aside.slot) in d.said
+    assert d.scheduler.line.counters["q"] == before + 128  # or it would be for nothing
     d.handle(long(3, 800, who="q"))
     assert aside(d.next()) == (0, 128)
 

@@ -98,6 +98,70 @@ async def test_what_is_left_is_copied_while_nobody_asks(monkeypatch: pytest.Monk
     await engine.stop()
 
 
+async def test_what_a_backend_has_deferred_is_done_while_nobody_asks() -> None:
+    class Deferring(FakeBackend):
+        def __init__(self) -> None:
+            super().__init__(words(2))
+            self.deferred: list[SlotChange] = []
+
+        def apply(self, change: SlotChange) -> None:
+            self.deferred.append(change)
+
+        def flush(self) -> tuple[int, ...]:
+            deferred, self.deferred = self.deferred, []
+            for change in deferred:
+                super().apply(change)
+            return ()
+
+        def step(self, step: Step, threads: int, limit: float | None = None) -> StepResult:
+            self.flush()
+            return super().step(step, threads, limit)
+
+    backend = Deferring()
+    engine = await started(backend)
+    await text(submit(engine))
+    async with asyncio.timeout(10):
+        while backend.open_slots:
+            await asyncio.sleep(0)
+    await engine.stop()
+
+
+async def test_giving_up_amid_one_s_prompt_is_not_free() -> None:
+    """Nobody may keep others out by hanging up in each of its steps."""
+    backend = FakeBackend(words(5), gate=threading.Semaphore(0))
+    engine = Engine(backend, LoadSpec(path="", sequences=4, context_size=4096))
+    await engine.start()
+    counters = engine.scheduler.line.counters
+    for times in range(1, 4):
+        stream = engine.submit("rude", tuple([64 + times] * 2000), 100, Sampling())
+        while not engine._stepping:
+            await asyncio.sleep(0)
+        (row,) = engine.scheduler.step.rows if engine.scheduler.step else ()
+        before = counters["rude"] - 2000
+        stream.close()
+        while engine.active:
+            await asyncio.sleep(0)
+        assert counters["rude"] - before == len(row.tokens) > 0
+        assert engine.statistics.aborted == times
+    await engine.stop()
+
+
+async def test_times_are_from_the_submission() -> None:
+    now = [0.0]
+    gate = threading.Semaphore(0)
+    engine = await started(FakeBackend(words(2), gate=gate), clock=lambda: now[0])
+    submit(engine)
+    while not engine._stepping:
+        await asyncio.sleep(0)
+    stream = submit(engine)
+    now[0] = 8.0
+    gate.release(100)
+    await text(stream)
+    assert stream.ended is not None
+    assert (stream.ended.timings.queue_ms, stream.ended.timings.ttft_ms) == (8000, 8000)
+    await engine.stop()
+
+
 class Order:
     """Records what a stream tells the engine."""
 

@@ -171,6 +171,19 @@ class TestUse:
         assert len(backend._changes) < 256
         assert backend.step(STEP, 1).sampled[0].token == 700
 
+    def test_changes_do_not_wait_while_nothing_is_done(self, make) -> None:
+        backend = make("Good")
+        backend.load(LoadSpec(""))
+        assert backend.flush() == ()
+        backend.apply(opened(0))
+        assert backend.flush() == (1,)
+        assert backend.flush() == ()
+        for _ in range(300):
+            backend.apply(opened(0))
+        # What was said of the first 256 of them is told with the next step.
+        assert backend.step(STEP, 1).unsaved == (257,)
+        assert backend.flush() == ()
+
     def test_a_change_that_fails_fails_the_step_and_no_other_change(self, make) -> None:
         backend = make("Good")
         backend.load(LoadSpec(""))

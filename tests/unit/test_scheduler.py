@@ -445,6 +445,17 @@ class TestShares:
             d.handle(m.StepAborted())
         raise AssertionError("it was never its turn")
 
+    def test_of_a_prompt_that_is_given_up_only_what_was_read_is_used(self) -> None:
+        d = Driver(replace(LARGE, sequences=1, batch_tokens=64))
+        d.handle(submitted(1, prompt=300))
+        d.handle(submitted(2, prompt=300))
+        for _ in range(2):
+            d.plan()
+            d.decode()
+        for id, read in ((1, 128), (2, 0)):
+            d.handle(m.DeadlinePassed(id))
+            assert d.ended(id).ended.usage.prompt_tokens == read
+
     def test_a_context_of_one_s_own_is_not_free(self) -> None:
         d = Driver(LARGE)
         for id in range(1, 9):

@@ -55,6 +55,9 @@ class Machine(RuleBasedStateMachine):
         self.saved: dict[int, list[Cell]] = {}
         self.served: dict[str, float] = {}
         self.guessed = self.aside = 0
+        self.memory = True
+        """Whether there is room for what is to be saved."""
+        self.unsaved: list[int] = []
         self.scored: set[int] = set()
         """Those whose prompt's tokens have come with their log-probabilities."""
 
@@ -89,11 +92,15 @@ class Machine(RuleBasedStateMachine):
                 assert not self.cells.get(target)
                 assert tokens <= len(self.cells[source])
                 self.cells[target] = self.cells[source][:tokens]
+            case m.SaveSlot(slot, key) if not self.memory:
+                self.unsaved.append(key)
             case m.SaveSlot(slot, key):
                 self.saved[key] = list(self.cells[slot])
             case m.RestoreSlot(key, slot):
                 assert not self.cells.get(slot)
                 self.cells[slot] = list(self.saved[key])
+            case m.DropSaved(key) if key in self.unsaved:
+                pass
             case m.DropSaved(key):
                 del self.saved[key]
             case m.Emit(id=id, prompt=True, scored=scored):
@@ -217,7 +224,8 @@ class Machine(RuleBasedStateMachine):
             if row.scores
         )
         sampled = [one for first in event.sampled for one in self.with_guesses(first)]
-        self.send(replace(event, sampled=tuple(sampled), prompts=prompts))
+        unsaved, self.unsaved = tuple(self.unsaved), []
+        self.send(replace(event, sampled=tuple(sampled), prompts=prompts, unsaved=unsaved))
 
     def with_guesses(self, one: m.Sampled) -> Iterator[m.Sampled]:
         """A token after each guess that was right."""
@@ -236,6 +244,16 @@ class Machine(RuleBasedStateMachine):
         said = self.send(m.Idle())
         assert not said or not self.scheduler.sequences
         assert {type(one) for one in said} <= {m.SaveSlot, m.DropSaved}
+
+    @rule(memory=st.booleans())
+    def has_memory(self, memory: bool) -> None:
+        self.memory = memory
+
+    @rule()
+    def flush(self) -> None:
+        if self.scheduler.step is None:
+            self.send(m.Flushed(tuple(self.unsaved)))
+            self.unsaved.clear()
 
     @rule()
     def step_aborted(self) -> None:
@@ -269,7 +287,7 @@ class Machine(RuleBasedStateMachine):
         for slot, entry in room.prefixes.kept.items():
             assert tuple(token for token, _ in self.cells[slot]) == entry.tokens
         assert {k: len(v) for k, v in self.saved.items()} == {
-            key: entry.size for key, entry in room.prefixes.saved.items()
+            key: entry.size for key, entry in room.prefixes.saved.items() if key not in self.unsaved
         }
         for slot in room.free_slots:
             assert not self.cells.get(slot)
@@ -299,9 +317,12 @@ class Machine(RuleBasedStateMachine):
         assert not set(self.ends) & set(self.scheduler.sequences)
         for id, finish in self.ends.items():
             usage, asked = finish.ended.usage, self.asked[id]
-            assert usage.prompt_tokens == len(asked.prompt)
+            assert usage.prompt_tokens <= len(asked.prompt)
+            if finish.ended.failure is None and finish.ended.reason is not FinishReason.CANCELLED:
+                assert usage.prompt_tokens == len(asked.prompt)
             assert usage.completion_tokens <= asked.max_tokens
-            assert usage.cached_tokens < usage.prompt_tokens
+            assert usage.cached_tokens <= usage.prompt_tokens
+            assert usage.cached_tokens < len(asked.prompt)
             assert not (usage.cached_tokens and asked.reproducible)
             if finish.ended.reason is FinishReason.LENGTH:
                 assert usage.completion_tokens == asked.max_tokens

@@ -319,6 +319,9 @@ class LlamaBackend:
                     self._asides.closing(change.slot)
                 shared.apply(change)
 
+    def flush(self) -> tuple[int, ...]:
+        return self._shared.take_unsaved() if self._shared is not None else ()
+
     def step(self, step: Step, threads: int, limit: float | None = None) -> StepResult:
         rows = step.rows
         private = bool(rows) and rows[0].slot == self._private_slot
@@ -348,7 +351,9 @@ class LlamaBackend:
         read = None
         if step.aside is not None and self._asides is not None:
             read = self._asides.collect(aside_seconds)
-        return StepResult(tuple(sampled), seconds, prompts=prompts, aside=read)
+        return StepResult(
+            tuple(sampled), seconds, prompts=prompts, aside=read, unsaved=self.flush()
+        )
 
     def embed(self, rows: tuple[Row, ...], threads: int, limit: float | None = None) -> Embedded:
         began = time.perf_counter()

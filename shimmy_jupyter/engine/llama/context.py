@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import mmap
 import time
@@ -34,6 +35,8 @@ from .slot import NOT_FINITE, SlotSampler
 
 if TYPE_CHECKING:
     from ..constrain import Matcher
+
+log = logging.getLogger("shimmy_jupyter.llama")
 
 _ABORTED = 2
 _SLACK = 8
@@ -105,6 +108,8 @@ class Context:
         self.samplers: dict[int, SlotSampler] = {}
         self.saved: dict[int, tuple[mmap.mmap, int]] = {}
         """By key, a buffer and how much of it is used."""
+        self.unsaved: list[int] = []
+        """Keys for which there was no memory, and nobody has been told yet."""
         self._candidates = Candidates()
         self._spare: mmap.mmap | None = None
         """The last buffer that was given back: memory that is new to a process costs six times the copy."""
@@ -154,7 +159,7 @@ class Context:
             case RestoreSlot():
                 self._restore(change.key, change.slot)
             case DropSaved():
-                self._spare, _ = self.saved.pop(change.key)
+                self._spare, _ = self.saved.pop(change.key, (None, 0))
 
     def _sampler(self, slot: OpenSlot) -> SlotSampler:
         matcher: Matcher | Failure | None = None
@@ -174,10 +179,20 @@ class Context:
 
     def _save(self, slot: int, key: int) -> None:
         spare, self._spare = self._spare, None
-        self.saved[key] = self._copied(slot, spare)
+        try:
+            self.saved[key] = self._copied(slot, spare)
+        except OSError as error:
+            log.warning("an earlier prompt's KV is given up, and not saved: %s", error.strerror)
+            self.unsaved.append(key)
+
+    def take_unsaved(self) -> tuple[int, ...]:
+        keys, self.unsaved = tuple(self.unsaved), []
+        return keys
 
     def _copied(self, slot: int, buffer: mmap.mmap | None) -> tuple[mmap.mmap, int]:
-        """Its KV, in the buffer if that is of the right size, and how much of it that is."""
+        """Its KV, in the buffer if that is of the right size, and how much of it that is. Raises `OSError`
+        where there is no memory for it.
+        """
         size = quick.llama_state_seq_get_size(self.handle, slot)
         # No array of ctypes: each size would be a type of its own, which stays for long. And no bytearray: it
         # is set to zero first, which takes longer than the copy, and keeps the GIL.
@@ -197,10 +212,14 @@ class Context:
             raise EngineLost("llama.cpp could not restore a sequence's KV")
 
     def part(self, slot: int, begin: int, end: int) -> tuple[mmap.mmap, int]:
-        """The KV of positions `begin` to `end`, in a buffer that holds it until the next call, and its size."""
+        """The KV of positions `begin` to `end`, in a buffer that holds it until the next call, and its size.
+        Raises `OSError` where there is no memory for it.
+        """
         quick.llama_memory_seq_cp(self.memory, slot, self._passing, begin, end)
-        self._passed, size = self._copied(self._passing, self._passed)
-        self.trim(self._passing, 0)
+        try:
+            self._passed, size = self._copied(self._passing, self._passed)
+        finally:
+            self.trim(self._passing, 0)
         return self._passed, size
 
     def add(self, slot: int, data: mmap.mmap, size: int) -> None:
