@@ -43,9 +43,9 @@ class Administration:
     async def pull(self, reference: str, asked: Asked, sha256: str | None = None) -> Job:
         meant = self._library.meant(reference)  # the address itself may have secrets in it
         detail = {"sha256": sha256} if sha256 is not None else None
-        name, *others = meant.names
         try:
-            self._guard.check(asked.principal, "pull", name, others)
+            for name in meant.names:
+                self._guard.check(asked.principal, "pull", name, meant.also)
             await self._library.check_pulling()
         except AccessDenied as error:
             await self._guard.record(asked, "pull", str(meant), detail, error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import os
 import sqlite3
 import sys
 from collections.abc import Sequence
@@ -46,6 +45,7 @@ from .audit_common import (
 )
 from .audit_proofs import anchor, receipt, verify_receipt
 from .audit_removal import erase, prune
+from .files import check_writable
 from .follow import said, table
 from .local import Progress
 
@@ -141,8 +141,7 @@ def _picture(_context: Any, _option: Any, path: Path | None) -> Path | None:
         return None
     if path.suffix not in {".png", ".svg"}:
         raise click.BadParameter(f"{shown(path)} ends neither in .png nor in .svg")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise click.BadParameter(f"{shown(path)} cannot be written")
+    check_writable(path)
     if find_spec("matplotlib") is None:
         raise click.BadParameter("matplotlib is not installed: pip install matplotlib")
     return path

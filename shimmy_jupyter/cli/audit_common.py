@@ -22,6 +22,7 @@ from ..audit.records import iso
 from ..audit.writer import StoreFailed
 from ..auditing import month
 from ..notebook.display import clean
+from .files import is_file, mode_of
 from .follow import said
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -97,13 +98,13 @@ def the_ledger(file: Path | None, *, kernel: bool) -> Path:
     if file is not None and kernel:
         raise click.UsageError("either --ledger or --kernel")
     path = file or _configured(kernel=kernel)
-    if path.is_file():
+    where = "--ledger" if file is not None else "ShimmyAudit.path"
+    if is_file(path, where):
         return path
     name = shown(path.name)
-    if path.exists():
+    if mode_of(path, where) is not None:
         raise click.ClickException(f"{name} is no file")
-    where = "--ledger" if file is not None else "ShimmyAudit.path"
-    other = file is None and not kernel and path.with_name(f"kernel-{path.name}").is_file()
+    other = file is None and not kernel and is_file(path.with_name(f"kernel-{path.name}"), where)
     hint = "; kernels without a server have one: --kernel" if other else ""
     raise click.ClickException(
         f"there is no {name} where {where} says: nothing has been recorded there{hint}"
@@ -263,7 +264,7 @@ def _heads(_context: Any, _option: Any, text: str | None) -> tuple[Head, ...]:
         return ()
     if match := _HEAD.fullmatch(text):
         return (Head(int(match[1]), match[2].lower(), ""),)
-    if not Path(text).is_file():
+    if not is_file(Path(text)):
         raise click.BadParameter(f"{shown(text)!r} is neither SIZE:ROOT nor a file")
     try:
         return heads_in(Path(text).read_text("utf-8"))

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import importlib
 import json
-import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ import click
 from traitlets import TraitError
 
 from ..errors import InvalidValue, ModelNotFound, ShimmyError
+from .files import check_writable
 from .local import Progress
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -50,11 +50,10 @@ def _clients(_context: click.Context, _option: click.Parameter, text: str) -> tu
 
 
 def _target(_context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
-    """A file that can be written later, and matplotlib with which to: hours may lie between."""
+    """A file that can be written later, and matplotlib with which to."""
     if path is None:
         return None
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise click.BadParameter(f"{str(path)!r} cannot be written")
+    check_writable(path)
     if option.name == "plot":
         if path.suffix not in {".png", ".svg"}:
             raise click.BadParameter(f"{str(path)!r} ends neither in .png nor in .svg")

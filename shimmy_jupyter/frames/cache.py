@@ -38,7 +38,7 @@ _BUSY = 5.0
 _TOUCHED_EVERY = 3600
 """Seconds: how exactly it is known when an answer was last wanted."""
 _APPLICATION = 0x53686D79
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
     key BLOB PRIMARY KEY, text TEXT NOT NULL, tokens INTEGER NOT NULL, finish TEXT NOT NULL,
@@ -73,9 +73,9 @@ class Key:
     """Of all rows that are asked in the same way, of the same `model`, which is its SHA-256."""
 
     def __init__(self, task: str, model: str, body: Mapping[str, Any]) -> None:
-        shared = json.dumps(
-            [_VERSION, task, model, body], sort_keys=True, ensure_ascii=False, default=str
-        )
+        # What is nested keeps its order: of a schema's fields it changes the prompt and the answer.
+        asked = [_VERSION, task, model, sorted(body.items())]
+        shared = json.dumps(asked, ensure_ascii=False, default=str)
         self._shared = hashlib.sha256(_bytes(shared) + b"\0")
 
     def of(self, prompt: str, occurrence: int = 0) -> bytes:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from ..audit.ledger import Ledger, Query, Receipt
 from ..audit.records import Entry
@@ -118,6 +119,7 @@ class Guard:
         self._quiet.set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._own: dict[str, Limits] = {}
+        self._tightening: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._pruned = -_PRUNE_EVERY
         self._announced = False
 
@@ -162,12 +164,13 @@ class Guard:
         """Raises `InvalidValue` for more than the administrator allows, `UnknownParameter`, and
         `AuditUnavailable` where it cannot be kept.
         """
+        name = asked.principal.name
         ceiling = effective(self.rules.limits, Limits(), asked.principal)[0].limits
-        own = tightened(await self._tightened(asked.principal), wanted, ceiling)
-        await self.record(asked, "limits", detail={"own": named(own)})
-        self._own[asked.principal.name] = await counted(
-            self.spending.tighten(asked.principal.name, own)
-        )
+        # What is on record and kept is the whole set, so it has to have in it what came before.
+        async with self._tightening.setdefault(name, asyncio.Lock()):
+            own = tightened(await self._tightened(asked.principal), wanted, ceiling)
+            await self.record(asked, "limits", detail={"own": named(own)})
+            self._own[name] = await counted(self.spending.tighten(name, own))
 
     async def limits(self, principal: Principal) -> dict[str, Any]:
         """What there is left, as `shimmy/api/limits` shows it."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from urllib.parse import unquote
 
 from ..errors import Misconfigured
 from .fetch_errors import FetchRefused
@@ -22,6 +23,8 @@ _LONGEST_HOST = 253
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)")
 _UNSAFE = re.compile(r"[\x00-\x20\x7f-\xa0\\\u2028\u2029]")
 _PATH = re.compile(r"[!-~]*")
+_STRAY = re.compile("%(?![0-9A-Fa-f]{2})")
+_ESCAPED = re.compile("%[0-9A-Fa-f]{2}")
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _PORT = re.compile(r"[0-9]{1,5}")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
@@ -92,6 +95,37 @@ def check_url(url: str, allowed_hosts: Iterable[str]) -> Target:
             "ShimmyModels.pull_hosts, in Jupyter's configuration, can name further ones"
         )
     return Target("https", host, port, path if path.startswith("/") else f"/{path}")
+
+
+def decoded(path: str) -> list[str]:
+    """Its parts. Raises `FetchRefused` where they are no text."""
+    try:
+        return [unquote(part, errors="strict") for part in path.split("/")]
+    except UnicodeDecodeError:
+        raise FetchRefused("the URL has a path that is not UTF-8") from None
+
+
+def plain_parts(path: str) -> list[str]:
+    """Its parts, decoded; only the last may be empty. Raises `FetchRefused` for a path that a server may
+    take for another: rules would be asked about the one, and the other would be fetched.
+    """
+    parts = decoded(path.removeprefix("/"))
+    if _STRAY.search(path) or any(_ESCAPED.search(part) for part in parts):
+        raise FetchRefused(
+            "the URL's path is encoded twice or wrongly: two hex digits come after each %, once"
+        )
+    if not all(part.isprintable() and set("/\\").isdisjoint(part) for part in parts):
+        raise FetchRefused(
+            "the URL's path has an encoded slash, backslash or control character: only slashes that "
+            "are not encoded stand between its parts"
+        )
+    # Of a part some servers drop what comes after a semicolon, or dots and blanks at its end.
+    inner = parts if parts[-1] else parts[:-1]
+    if not all(part.partition(";")[0].strip(" .") for part in inner):
+        raise FetchRefused(
+            "the URL's path has an empty part, . or .. in it: the shortest path to the file is wanted"
+        )
+    return parts
 
 
 def _host_and_port(authority: str) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote
 
 from ..errors import InvalidValue
-from .addresses import check_url
+from .addresses import check_url, decoded, plain_parts
 from .fetch_errors import FetchRefused, in_words
 
 if TYPE_CHECKING:  # it loads httpx
@@ -71,8 +71,13 @@ class HubReference:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What it is judged by: as it is written, and its repository."""
-        return str(self), self.repo
+        """What it is judged by: all of them must be allowed."""
+        return (str(self),)
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """What denies it, too."""
+        return (self.repo,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +92,20 @@ class UrlReference:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What it is judged by: where it is, and what it gets here."""
-        return self.url.partition("?")[0], self.name
+        """What it is judged by, as it is written and as servers read it: all of them must be allowed."""
+        address = self.url.partition("?")[0]
+        read = unquote(address)
+        # Of a part some servers drop what comes after a semicolon, or dots and blanks at its end.
+        bare = "/".join(part.partition(";")[0].rstrip(" .") for part in read.split("/"))
+        return tuple(dict.fromkeys((address, read, bare)))
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """What denies it, too: what it gets here, the repository where this is a mirror of a hub's, and with
+        its query, by which some hosts choose a file.
+        """
+        path = self.names[-1].split("/", 3)[-1]
+        return self.name, "/".join(path.split("/")[:2]), self.url, unquote(self.url)
 
 
 def parse(text: str) -> HubReference | UrlReference:
@@ -179,14 +196,12 @@ def _address(url: str, rest: str) -> HubReference | UrlReference:
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     try:
         target = check_url(url, (authority,))
+        path, _, query = target.path.partition("?")
+        of_hub = target.host in _HUB_HOSTS and target.port == 443
+        parts = decoded(path.strip("/")) if of_hub else plain_parts(path)
     except FetchRefused as error:
         raise _invalid(error.message) from None
-    path, _, query = target.path.partition("?")
-    try:
-        parts = [unquote(part, errors="strict") for part in path.strip("/").split("/")]
-    except UnicodeDecodeError:
-        raise _invalid("the address has a path that is not UTF-8") from None
-    if target.host in _HUB_HOSTS and target.port == 443:
+    if of_hub:
         return _page(parts, query)
     if f".{target.host}".endswith((".ollama.com", ".ollama.ai")):
         raise _invalid(f"Ollama's registry is not pulled from: {_FORMS}")

@@ -1,10 +1,10 @@
 """What a request may be made of, on a real Jupyter server.
 
 Cases: bodies over a route's limit, with a length, without one, and claimed only, on every route and method;
-that no body is read before its sender is known, nor kept where none is wanted; depth and number of
-values; numbers that are none, too long, too large, and truths instead; other encodings; keys twice;
-bodies of forms with cookies and with a token; ids in the path; queries; headers; what the log says of
-a defect, and of an address with a token in it.
+that no body is read before its sender is known, nor kept where none is wanted, by route or method; what
+browsers ask first; depth and number of values; numbers that are none, too long, too large, and truths
+instead; other encodings; keys twice; bodies of forms with cookies and with a token; ids in the path;
+queries; headers; what the log says of a defect, and of an address with a token in it.
 """
 
 from __future__ import annotations
@@ -135,6 +135,33 @@ async def test_whoever_is_not_known_is_refused_before_the_body(raw: Any, path: s
     assert (status, error["code"]) == (403, "policy_denied")
 
 
+@pytest.mark.parametrize("path", [CHAT, "shimmy/api/limits", "shimmy/health", "shimmy/nowhere"])
+@pytest.mark.parametrize(
+    "header", ["Content-Length: 500000000", "Content-Length: 1", "Transfer-Encoding: chunked"]
+)
+async def test_nobody_s_options_have_no_body(raw: Any, path: str, header: str) -> None:
+    stream = await raw("OPTIONS", path, header, token=False)
+    status, _, error = await answered(stream)
+    assert (status, error["code"]) == (403, "policy_denied")
+
+
+@pytest.mark.parametrize("header", ["X-None: 1", "Content-Length: 0", "Content-Length: 00"])
+async def test_what_browsers_ask_first_is_answered(raw: Any, header: str) -> None:
+    asked = "Origin: https://page.example", "Access-Control-Request-Method: POST"
+    stream = await raw("OPTIONS", CHAT, header, "Connection: close", *asked, token=False)
+    whole = await asyncio.wait_for(stream.read_until_close(), 10)
+    assert whole.startswith(b"HTTP/1.1 200 ")
+    assert b"access-control-allow-methods" in whole.lower()
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "GET", "DELETE", "PATCH"])
+async def test_a_method_that_has_no_use_for_texts(raw: Any, method: str) -> None:
+    stream = await raw(method, CHAT, f"Content-Length: {SMALL_BODY + 1}")
+    status, _, error = await answered(stream)
+    assert (status, error["code"]) == (413, "request_too_large")
+    assert f"this route allows {SMALL_BODY}" in error["message"]
+
+
 async def test_a_client_that_waits_to_be_told_sends_nothing(raw: Any) -> None:
     stream = await raw("POST", CHAT, "Content-Length: 9000000", "Expect: 100-continue")
     assert (await answered(stream))[0] == 413
@@ -143,11 +170,16 @@ async def test_a_client_that_waits_to_be_told_sends_nothing(raw: Any) -> None:
     stream.close()
 
 
-async def test_a_body_where_none_is_wanted_is_not_kept(raw: Any, ask: Any) -> None:
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "shimmy/health"), ("OPTIONS", CHAT), ("OPTIONS", "shimmy/api/limits")]
+)  # fmt: skip
+async def test_a_body_where_none_is_wanted_is_not_kept(
+    raw: Any, ask: Any, method: str, path: str
+) -> None:
     await ask("shimmy/health")
     tracemalloc.start()
     try:
-        streams = [await raw("GET", "shimmy/health", "Content-Length: 60000") for _ in range(50)]
+        streams = [await raw(method, path, "Content-Length: 60000") for _ in range(50)]
         for stream in streams:
             await stream.write(b"x" * 59_999)
         await ask("shimmy/health")

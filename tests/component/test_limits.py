@@ -4,7 +4,7 @@ Cases: each limit on each kind of request, what waiting helps and what it never 
 that every way of ending leaves counted, and nothing reserved, nobody in; waiting for one's turn, in order
 and said so; too many that wait; choices, embeddings, an answer cut to what is left; several users, groups,
 budgets that are shared; token header, cookie and query; a restart, and two servers at once; what users see
-and tighten, and every way of asking for it wrongly; a file that cannot be written.
+and tighten, several times at once, and every way of asking for it wrongly; a file that cannot be written.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 from jupyter_server.auth import IdentityProvider
 
-from shimmy_jupyter.core.limits import NAMES, Limits, LimitTable
+from shimmy_jupyter.core.limits import NAMES, Limits, LimitTable, named
 from shimmy_jupyter.core.policy import Policy, Rule
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.fake import FakeBackend
-from shimmy_jupyter.errors import RateLimitExceeded
+from shimmy_jupyter.errors import InvalidValue, RateLimitExceeded
 from shimmy_jupyter.guard.asked import Asked
 from shimmy_jupyter.guard.guard import Guard, Rules
+from shimmy_jupyter.guard.spending import Spending
 from shimmy_jupyter.guard.visit import Result, Visit
 from shimmy_jupyter.server.handlers import base, completions, embeddings
 from shimmy_jupyter.types import CompletionRequest, EmbeddingFacts, EmbeddingRequest, Principal
@@ -850,6 +851,48 @@ class TestShown:
         why = {"max_tokens_per_day": "set in the system's configuration"}
         guard.rules = Rules(limits=[LimitTable(Limits(tokens_per_day=5))], locked=why)
         assert (await ask("api/limits")).json["locked"] == why
+
+
+class TestSeveralAtOnce:
+    async def test_none_is_lost(self, guard: Guard, tmp_path: Path) -> None:
+        wanted = [{name: 5 + k} for k, name in enumerate(NAMES)]
+        loose = {"max_tokens_per_day": -1}
+        found = await asyncio.gather(
+            *(guard.tighten(Asked(ANN, f"r{k}"), one) for k, one in enumerate([*wanted, loose])),
+            return_exceptions=True,
+        )
+        assert [type(one) for one in found] == [type(None)] * len(wanted) + [InvalidValue]
+        whole = {name: value for one in wanted for name, value in one.items()}
+        assert (await guard.limits(ANN))["own"] == whole
+        assert (await records(guard, action="limits"))[-1]["detail"] == {"own": whole}
+        other = Spending(tmp_path / "limits.sqlite")
+        assert named(await asyncio.wrap_future(other.own("ann"))) == whole
+        other.close()
+        await guard.close()
+
+    async def test_nobody_waits_for_another_s(
+        self, guard: Guard, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        record, held = guard.record, asyncio.Event()
+
+        async def slow(asked: Asked, *args: Any, **more: Any) -> None:
+            if asked.request_id == "r0":
+                await held.wait()
+            await record(asked, *args, **more)
+
+        monkeypatch.setattr(guard, "record", slow)
+        first, second = (
+            asyncio.create_task(guard.tighten(Asked(ANN, f"r{k}"), {name: k}))
+            for k, name in enumerate(["max_queued", "max_concurrent"])
+        )
+        await guard.tighten(Asked(Principal("bob"), "r2"), {"max_queued": 2})
+        assert not first.done()
+        assert not second.done()
+        first.cancel()
+        await second
+        assert (await guard.limits(ANN))["own"] == {"max_concurrent": 1}
+        assert not guard._tightening
+        await guard.close()
 
 
 @of_one_process

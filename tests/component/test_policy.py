@@ -1,9 +1,10 @@
 """Who may do what: the same decision whichever way it is asked for.
 
 Cases: every route of a model that is denied, by pattern, user, group, admin, and an allow-list; what is not
-listed; the kernel's own transport and the magic, in a kernel and over HTTP; a kernel that may not compute;
-a model that is not loaded, for somebody who may only use it; adapters; ceilings and features; others'
-receipts, records and jobs; an administrator by configuration; a denied request changes nothing.
+listed; addresses by their paths, however these are written, and by their queries; the kernel's own transport
+and the magic, in a kernel and over HTTP; a kernel that may not compute; a model that is not loaded, for
+somebody who may only use it; adapters; ceilings and features; others' receipts, records and jobs; an
+administrator by configuration; a denied request changes nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ USING: dict[str, dict[str, Any]] = {
     "api/apply-template": {"messages": HELLO},
 }
 ACTING = ("load", "unload", "probe", "verify")
+DENIED, NO_VALUE = (403, "policy_denied", "model"), (400, "invalid_value", "model")
+NOT_HERE = (403, "policy_denied", None)
+"""Of what the rules allow: nothing is downloaded by these servers."""
 
 
 @pytest.fixture
@@ -95,6 +99,38 @@ class TestEveryRoute:
             refused = await ask("api/models/pull", {"model": name})
             assert refused.error == (403, "policy_denied", "model")
             assert "you may not pull" in refused.json["error"]["message"]
+
+    @pytest.mark.parametrize(
+        "path",
+        ["%65vil/a.gguf", "EVI%4c/a.gguf", "ev;x/il.gguf", "a.gguf?of=evil", "a.gguf?of=%65vil", "o/n;v/a.gguf"],
+    )  # fmt: skip
+    async def test_an_address_that_is_denied(self, guard: Guard, ask: Ask, path: str) -> None:
+        guard.rules = Rules((Policy((Rule(False, ("pull",), ("*evil*", "*/ev/il*", "o/n")),)),))
+        refused = await ask("api/models/pull", {"model": f"https://models.example.org/{path}"})
+        assert refused.error == (403, "policy_denied", "model")
+        assert "?" not in refused.json["error"]["message"]
+
+    @pytest.mark.parametrize(
+        ("path", "error"),
+        [
+            ("public/a.gguf", NOT_HERE),
+            ("public/%61%20b/a.gguf?sig=x/../y", NOT_HERE),
+            ("public/../private/a.gguf", NO_VALUE),
+            ("public/%2e%2e/private/a.gguf", NO_VALUE),
+            ("public/..%2fprivate/a.gguf", NO_VALUE),
+            ("%70ublic/a.gguf", DENIED),
+            ("private/a.gguf?/public/a.gguf", DENIED),
+            ("secret%20b/a.gguf", DENIED),
+        ],
+    )
+    async def test_an_address_on_an_allow_list(
+        self, guard: Guard, ask: Ask, path: str, error: tuple[int, str, str | None]
+    ) -> None:
+        """Under each of its names: `secret%20b` reads as one with 20b in it, and is none."""
+        allowed = "https://models.example.org/public/*", "https://*20b/*"
+        guard.rules = Rules((Policy((Rule(True, ("pull",), allowed),)),))
+        asked = await ask("api/models/pull", {"model": f"https://models.example.org/{path}"})
+        assert asked.error == error
 
     async def test_lists(self, guard: Guard, ask: Ask) -> None:
         guard.rules = deny("use", users=("ann",))

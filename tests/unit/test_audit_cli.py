@@ -1,8 +1,8 @@
 """`shimmy audit`, over ledgers made here.
 
-Which ledger: none, a folder, garbage, empty, another program's, a newer one; both options; the configured one,
-the kernels', none recorded, a configuration that is wrong; nothing is ever created by reading, and another
-account's is not written. show: order, each filter, times of each form, limit and more, erased, JSON, nothing found.
+Which ledger: none, a name that none has, one out of reach, a folder, garbage, empty, another program's, a newer
+one; both options; the configured one, the kernels', none recorded, a configuration that is wrong; nothing is ever
+created by reading, and another account's is not written. show: order, each filter, times of each form, limit and more, erased, JSON, nothing found.
 usage: this month, a period, groupings, totals, several groups, removed ones, JSON, picture, bad options.
 verify: sound, counts, erased, open; tampered, shortened; heads as text, file, lines, several; bad heads.
 export: both formats, filters, a file, one that exists, one that cannot be finished. receipt: of a request, at a
@@ -15,6 +15,7 @@ Control characters reach no terminal, whatever command.
 from __future__ import annotations
 
 import csv
+import errno
 import getpass
 import io
 import json
@@ -46,6 +47,8 @@ SOON = 60
 NOON = 1_795_262_400.0  # 2026-11-21T12:00:00Z
 DAY = 86_400.0
 HOSTILE = "eve\x1b]0;owned\x07\x7f\u202e\r\nroot\x9b2J"
+LONG = "x" * 300 + ".svg"
+"""Longer than a file's name can be."""
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 Run = Callable[..., Result]
@@ -125,6 +128,22 @@ READING = ("show", "usage", "verify", "export --format csv", "receipt r1")
 WRITING = ("anchor", "erase ann --yes", "prune --days 1 --yes")
 
 
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a file one in a folder that this account may not enter."""
+    stat = Path.stat
+
+    def hide(hidden: Path) -> None:
+        def look(path: Path, **more: Any) -> os.stat_result:
+            if path == hidden:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return stat(path, **more)
+
+        monkeypatch.setattr(Path, "stat", look)
+
+    return hide
+
+
 class TestWhichLedger:
     @pytest.mark.parametrize("command", [*READING, *WRITING])
     def test_one_that_is_not_there_is_said_and_not_made(self, command: str, tmp_path: Path) -> None:
@@ -135,6 +154,21 @@ class TestWhichLedger:
         assert "there is no ledger.sqlite" in done.stderr
         assert str(tmp_path) not in done.stderr
         assert list(file.parent.iterdir()) == []
+
+    @pytest.mark.parametrize("command", [*READING, *WRITING])
+    def test_a_name_that_no_file_has(self, command: str, tmp_path: Path) -> None:
+        done = plain(*command.split(), "--ledger", tmp_path / LONG)
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert "there is no xxx" in done.stderr
+
+    @pytest.mark.parametrize("command", [*READING, *WRITING])
+    def test_one_that_cannot_be_looked_at(
+        self, command: str, path: Path, unseen: Callable[[Path], None]
+    ) -> None:
+        unseen(path)
+        done = plain(*command.split(), "--ledger", path)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "--ledger: 'ledger.sqlite' cannot be looked at: Permission denied" in done.stderr
 
     @pytest.mark.parametrize("command", [*READING, *WRITING])
     @pytest.mark.parametrize("content", [b"", b"not a database at all" * 100])
@@ -411,11 +445,20 @@ class TestUsage:
             ("--until", "2026-11-01"),
             ("--plot", "picture.gif"),
             ("--plot", "/no/such/folder/picture.png"),
+            ("--plot", LONG),
         ],
         ids=" ".join,
     )
     def test_wrongly_used(self, options: tuple[str, ...], run: Run) -> None:
         assert run("usage", *options).exit_code == 2
+
+    def test_a_picture_where_nothing_can_be_looked_at(
+        self, run: Run, tmp_path: Path, unseen: Callable[[Path], None]
+    ) -> None:
+        unseen(tmp_path / "used.svg")
+        done = run("usage", "--plot", tmp_path / "used.svg")
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "used.svg' cannot be written: Permission denied" in done.stderr
 
     def test_a_picture(self, run: Run, path: Path, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
@@ -569,11 +612,21 @@ class TestVerify:
         assert (done.exit_code, done.stdout) == (2, "")
         assert said in done.stderr
 
-    @pytest.mark.parametrize("text", ["8", "8:12", f"x:{'0' * 64}", "no-such-file", ""])
+    @pytest.mark.parametrize(
+        "text", ["8", "8:12", f"x:{'0' * 64}", "no-such-file", "", LONG, f"8:{'0' * 300}"]
+    )
     def test_bad_heads(self, text: str, run: Run) -> None:
         done = run("verify", "--against", text)
         assert (done.exit_code, done.stdout) == (2, "")
         assert "SIZE:ROOT" in done.stderr
+
+    def test_heads_that_cannot_be_looked_at(
+        self, run: Run, tmp_path: Path, unseen: Callable[[Path], None]
+    ) -> None:
+        unseen(tmp_path / "heads")
+        done = run("verify", "--against", tmp_path / "heads")
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "'--against': 'heads' cannot be looked at: Permission denied" in done.stderr
 
     def test_how_far_it_is_is_said_on_a_terminal_alone(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

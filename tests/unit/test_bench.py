@@ -160,6 +160,7 @@ class TestOptions:
             ("--clients", "none"), ("--tokens", "1"), ("--prompt-tokens", "x"), ("--repeats", "0"),
             ("--isolation", "thread"), ("--json", "/nowhere/x.json"), ("--plot", "x.pdf"),
             ("--plot", "/nowhere/x.png"), ("--what", "1"),
+            ("--json", "x" * 300), ("--plot", f"{'x' * 300}.png"),
         ],
     )  # fmt: skip
     def test_a_bad_one_is_named_in_one_line(self, option: str, value: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sqlite3
 import stat
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from shimmy_jupyter.errors import InvalidValue
 from shimmy_jupyter.frames import cache as module
+from shimmy_jupyter.frames import rows
 from shimmy_jupyter.frames.cache import NAME, Cache, CacheWarning, Key, Reply
 
 
@@ -188,8 +191,24 @@ class TestKeys:
         assert key.of("1\0x") != key.of("x", 1)
 
     def test_the_order_of_parameters_does_not_matter(self) -> None:
-        one, two = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}
+        one, two = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 2, "d": 3}, "a": 1}
         assert Key("chat", "s", one).of("x") == Key("chat", "s", two).of("x")
+
+    def test_the_order_of_a_schema_s_fields_does(self) -> None:
+        text = {"type": "string"}
+        keys = {
+            Key("chat", "s", rows.body(None, schema, {"temperature": 0})).of("x")
+            for schema in (
+                {"type": "object", "properties": {"reason": text, "label": text}},
+                {"type": "object", "properties": {"label": text, "reason": text}},
+            )
+        }
+        assert len(keys) == 2
+
+    def test_answers_from_before_that_was_told_apart_are_not_found(self) -> None:
+        asked = json.dumps([1, "chat", "s", {"seed": 0}], sort_keys=True)
+        before = hashlib.sha256(f"{asked}\0".encode() + b"0\0x").digest()
+        assert Key("chat", "s", {"seed": 0}).of("x") != before
 
     def test_it_is_the_same_in_another_process(self) -> None:
         code = "from shimmy_jupyter.frames.cache import Key; print(Key('a', 'b', {'c': 1}).of('d').hex())"
@@ -259,7 +278,7 @@ class TestWhatIsWrong:
 
     def test_that_of_a_newer_version(self, folder: Path) -> None:
         filled(folder)
-        statements(folder / NAME, "PRAGMA user_version = 2")
+        statements(folder / NAME, "PRAGMA user_version = 3")
         unusable(folder, "newer version")
 
     def test_one_that_another_program_holds(self, folder: Path, monkeypatch) -> None:

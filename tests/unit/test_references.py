@@ -2,10 +2,12 @@
 
 Cases, parsing: each form, each prefix in any case, blanks around; a browser's addresses: the page, with
 a file open, its files, blob, resolve, raw, percent-encoded, pull requests; tags in any case; files in
-folders; revisions with slashes; other addresses: names kept, made plain, with a secret query.
+folders; revisions with slashes; other addresses: names kept, made plain, with a secret query; what they
+are judged by, as they are written and as servers read them.
 Refused, with what to type instead: nothing, Ollama's names and registry, files of this machine, other
 schemes, credentials, fragments, addresses of numbers, folders, pages that are none, datasets, one part
-of several by URL, no .gguf, paths upwards, control characters, what is too long.
+of several by URL, no .gguf, paths upwards, also encoded, once or twice, or with what servers drop,
+control characters, what is too long.
 Choosing: the named one, a named part, what is never meant unless named; by tag: as a word of its own, in
 folders, beside UD-; by preference, in order; the only one; none, several, a part missing, no such file
 (with the one that was meant), more than twenty, odd part numbers.
@@ -34,6 +36,18 @@ from shimmy_jupyter.models.references import (
 
 R = HubReference
 SECRET = "?sig=s3cret"
+UPWARDS = ("../private/a.gguf", "./a.gguf", "/private/a.gguf", "%2e%2e/private/a.gguf", "%2E./private/a.gguf",
+           "x/../../private/a.gguf", "..;/private/a.gguf", "..%3Bx/a.gguf", "..%20/a.gguf", ".../a.gguf",
+           "%20/a.gguf", ";x/a.gguf", "..;a.gguf")  # fmt: skip
+HIDDEN = (
+    "..%2Fprivate%2Fa.gguf",
+    "..%2fprivate/a.gguf",
+    "..%5Cprivate/a.gguf",
+    "a%00/b.gguf",
+    "a%0A.gguf",
+)
+TWICE = ("%252e%252e/private/a.gguf", "%25%32%65%25%32%65/a.gguf", "%%32e/a.gguf", "%u002e/a.gguf", "a%.gguf",
+         "a%2", "..%252fa.gguf")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -101,7 +115,7 @@ def test_of_a_hub(typed: str, meant: HubReference) -> None:
         ("https://huggingface.co:8443/org/name/m.gguf", "m.gguf"),
         ("https://example.org/my%20model%20(2).gguf", "my-model-2-.gguf"),
         ("https://example.org/.hidden.gguf", "hidden.gguf"),
-        ("https://example.org/a/..%2F..%2Fb.gguf", "b.gguf"),
+        ("https://example.org/100%25%20..x/y;a/..b/m.gguf", "m.gguf"),
         (f"https://example.org/{'n' * 300}.gguf", "n" * 195 + ".gguf"),
     ],
 )
@@ -110,6 +124,21 @@ def test_of_an_address(typed: str, name: str) -> None:
     assert found == UrlReference(typed, name)
     assert str(found) == name
     assert "s3cret" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("https://example.org/a/m.gguf?b", ["a/m.gguf"]),
+        ("https://example.org/%61%20b/m.gguf", ["%61%20b/m.gguf", "a b/m.gguf"]),
+        ("https://example.org/a%3F/m.gguf", ["a%3F/m.gguf", "a?/m.gguf"]),
+        ("https://example.org/a;v=1/b./m.gguf", ["a;v=1/b./m.gguf", "a/b/m.gguf"]),
+        ("https://example.org/a%3Bv/m.gguf", ["a%3Bv/m.gguf", "a;v/m.gguf", "a/m.gguf"]),
+    ],
+)
+def test_what_an_address_is_judged_by(typed: str, names: list[str]) -> None:
+    found = parse(typed)
+    assert found.names == tuple(f"https://example.org/{name}" for name in names)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +195,12 @@ def test_of_an_address(typed: str, name: str) -> None:
         ("https://example.org/.gguf", r"suffix \.gguf"),
         ("https://example.org/", r"suffix \.gguf"),
         ("https://example.org/%FF.gguf", "not UTF-8"),
+        ("https://example.org/a.gguf/", r"suffix \.gguf"),
+        *((f"https://example.org/public/{path}", r"empty part, \. or \.\.") for path in UPWARDS),
+        *((f"https://example.org/public/{path}", "encoded slash, backslash") for path in HIDDEN),
+        *((f"https://example.org/public/{path}", "encoded twice or wrongly") for path in TWICE),
+        ("https://example.org//private/a.gguf", "empty part"),
+        ("https://example.org/../a.gguf", "empty part"),
         ("https://example.org/m-00001-of-00002.gguf", "split into several"),
         ("https://huggingface.co/", "no model's"),
         ("https://huggingface.co/gpt2", "no model's"),

@@ -55,6 +55,7 @@ _SAID: dict[type[ShimmyError], str] = {
 """Of any other status, by whose fault it is."""
 SMALL_BODY = 64 << 10
 """Bytes that a route takes which is not for texts."""
+_WITH_BODY = ("POST", "PUT")
 _OF_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")
 """What a page of another site can send without asking."""
 _REMEMBERED = ("_jupyterhub_user", "_cached_hub_user")
@@ -129,8 +130,9 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
         # Jupyter's context has the handler, with all that was sent, and every task and every timer that
         # is begun here copies that: the event loop keeps timers until their time, also when called off.
         CallContext.set(CallContext.JUPYTER_HANDLER, weakref.proxy(self))
-        # The decorators say so too; this also covers methods that no handler has.
-        if not self.current_user and self.request.method != "OPTIONS":
+        # The decorators say so too; this also covers methods that no handler has. What browsers ask
+        # before they send credentials is an OPTIONS without a body.
+        if not self.current_user and (self.request.method != "OPTIONS" or self._has_body()):
             raise web.HTTPError(403)
         self._check_type()
         length = self.request.headers.get("Content-Length", "0")
@@ -147,11 +149,23 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
                 param="Content-Type",
             )
 
+    def _has_body(self) -> bool:
+        headers = self.request.headers
+        return "Transfer-Encoding" in headers or bool(headers.get("Content-Length", "").strip("0"))
+
+    @property
+    def wants_body(self) -> bool:
+        """Whether anything can be made of one, by its method."""
+        return self.request.method in _WITH_BODY
+
     @property
     def most_bytes(self) -> int:
         """The longest body that this route takes."""
         most: int = self.settings["shimmy_max_request_bytes"]
-        return min(most, SMALL_BODY) if self.small_body else most
+        return most if self._is_for_texts() else min(most, SMALL_BODY)
+
+    def _is_for_texts(self) -> bool:
+        return self.wants_body and not self.small_body
 
     def data_received(self, chunk: bytes) -> None:
         self._received += len(chunk)
@@ -167,7 +181,7 @@ class ShimmyHandler(ExtensionHandlerMixin, APIHandler):
 
     def _too_large(self, size: str) -> RequestTooLarge:
         most = self.most_bytes
-        whose = "this route" if self.small_body else "ShimmyLimits.max_request_size"
+        whose = "ShimmyLimits.max_request_size" if self._is_for_texts() else "this route"
         return RequestTooLarge(f"the body has {size}; {whose} allows {most}")
 
     def query(self, name: str) -> str | None:

@@ -6,7 +6,9 @@ from .base import ShimmyHandler
 
 
 class BodyHandler(ShimmyHandler):
-    """What is too large is refused as soon as that is known, and not kept."""
+    """What is too large is refused as soon as that is known, and not kept; nor is what comes with a method
+    that has no use for it.
+    """
 
     small_body = False
 
@@ -18,7 +20,7 @@ class BodyHandler(ShimmyHandler):
         super().data_received(chunk)
         if self._finished:
             self._body.clear()
-        else:
+        elif self.wants_body:
             self._body += chunk
 
     def take_body(self) -> bytes:
