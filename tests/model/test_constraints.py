@@ -3,7 +3,8 @@
 Cases: generated schemas on the bundled model and on random weights: valid, or cut off at max_tokens; the
 other kinds of grammars; sixteen at once, mixed with free ones, which answer as without; reproducible ones;
 the same seed the same answer; what is refused, before anything is decoded; a hostile list, each a typed
-error while somebody else's answer goes on undisturbed; log-probabilities are those of the free model.
+error while somebody else's answer goes on undisturbed; log-probabilities are those of the free model; more
+at once than are remembered.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 import jsonschema
 import pytest
 
+from shimmy_jupyter.engine.llama import constraints
 from shimmy_jupyter.engine.model import LoadedModel
-from shimmy_jupyter.errors import RequestError, ShimmyError
+from shimmy_jupyter.errors import QueueFull, RequestError, ShimmyError
 from shimmy_jupyter.types import Constraint, Ended, FinishReason, Sampling
 
 from .conftest import ask, loaded, self_test_path
@@ -229,3 +231,60 @@ async def test_hostile(random_model: Path, name: str) -> None:
             )  # fmt: skip
             assert error.message
         assert (await beside)[0] == expected
+
+
+class TestForgotten:
+    """One remembered; the engine's thread compiles only what takes no time."""
+
+    DIGITS, LETTERS = Constraint("regex", "[0-9]{3}"), Constraint("regex", "[a-z]{3}")
+
+    @pytest.fixture(autouse=True)
+    def little_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(constraints, "_REMEMBERED", 1)
+        monkeypatch.setattr(constraints, "_SECONDS", 0.0)
+
+    async def held_to(self, model: LoadedModel, constraint: Constraint) -> str:
+        sampling = replace(RANDOM, constraint=constraint)
+        text, _ = await ask(model, PROMPT, sampling=sampling, max_tokens=20)
+        return text
+
+    @pytest.mark.parametrize("isolation", ["none"], indirect=True)
+    async def test_what_takes_long(
+        self, random_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(constraints, "_SHORT", 0.0)
+        async with loaded(random_model) as model:
+            for constraint in (self.DIGITS, self.LETTERS):
+                await model.compile(constraint)
+            expected, _ = await ask(model, PROMPT, 60, replace(RANDOM, seed=1))
+            beside = asyncio.create_task(ask(model, PROMPT, 60, replace(RANDOM, seed=1)))
+            with pytest.raises(QueueFull, match="large schemas"):
+                await self.held_to(model, self.DIGITS)
+            assert re.fullmatch("[a-z]{3}", await self.held_to(model, self.LETTERS))
+            assert (await beside)[0] == expected
+            await model.compile(self.DIGITS)
+            assert re.fullmatch("[0-9]{3}", await self.held_to(model, self.DIGITS))
+
+    @pytest.mark.parametrize("isolation", ["none"], indirect=True)
+    async def test_what_does_not(self, random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(constraints, "_SHORT", 10.0)
+        async with loaded(random_model) as model:
+            for constraint in (self.DIGITS, self.LETTERS):
+                await model.compile(constraint)
+            assert re.fullmatch("[0-9]{3}", await self.held_to(model, self.DIGITS))
+
+    @pytest.mark.parametrize("isolation", ["none"], indirect=True)
+    async def test_as_many_as_it_takes_little_time_to_compile(
+        self, random_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(constraints, "_SECONDS", 1000.0)
+        monkeypatch.setattr(constraints, "_MOST", 3)
+        monkeypatch.setattr(constraints, "_SHORT", 0.0)
+        many = [Constraint("regex", f"[0-9]{{{n}}}") for n in range(1, 5)]
+        async with loaded(random_model) as model:
+            for constraint in many:
+                await model.compile(constraint)
+            with pytest.raises(QueueFull):
+                await self.held_to(model, many[0])
+            for n in (2, 3, 4):
+                assert re.fullmatch(f"[0-9]{{{n}}}", await self.held_to(model, many[n - 1]))
