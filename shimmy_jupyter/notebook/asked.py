@@ -73,7 +73,7 @@ def request(session: Session, settings: Settings, options: Options, prompt: str)
     if model != BUNDLED:
         for one in session.conversation.before(session.origin.cell, settings.max_history):
             before += one.messages()
-    messages, more = _with_context(session, options, model, before, text)
+    messages, more = _with_context(session, options, found.body, before, text)
     body = {**found.body, "messages": messages}
     return Asked(body, text, options, shape, (*lines, *more), found.note, found.warnings)
 
@@ -169,8 +169,20 @@ def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(given)
 
 
+def wanted_tokens(body: Mapping[str, Any]) -> int | None:
+    """Of the answer, by either of the names that there are for it; None where the request does not say, or
+    says what the server will refuse.
+    """
+    said = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
+    return next((one for one in said if type(one) is int), None)
+
+
 def _with_context(
-    session: Session, options: Options, model: str, before: list[dict[str, str]], text: str
+    session: Session,
+    options: Options,
+    body: Mapping[str, Any],
+    before: list[dict[str, str]],
+    text: str,
 ) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     """The messages with the cells that `--context` wants; how many tokens they are is said first."""
     if options.context is None:
@@ -185,11 +197,15 @@ def _with_context(
         return [*before, {"role": "user", "content": content}]
 
     def count(some: list[Item]) -> int:
-        body = {"model": model, "messages": messages(some)}
-        return int(session.transport.post("shimmy/api/tokenize", body)["count"])
+        asked = {"model": body["model"], "messages": messages(some)}
+        return int(session.transport.post("shimmy/api/tokenize", asked)["count"])
 
-    found = session.transport.get(f"shimmy/api/models/{model}")
-    tokens, budget = count(items), (found["context"] or 0) - 1
+    # Counted first: the model is in memory then, and its own context is listed.
+    tokens = count(items)
+    context = session.transport.get(f"shimmy/api/models/{body['model']}")["usable_context"]
+    wanted = wanted_tokens(body)
+    # Where nobody says how long an answer is to be, there has to be room for a token.
+    budget = (context or 0) - (1 if wanted is None else wanted)
     if budget > 0 and tokens > budget:
         choice = what_to_leave_out(items, count, budget)
         raise ContextLengthExceeded(f"{tokens:,} tokens: {choice}", param="--context")

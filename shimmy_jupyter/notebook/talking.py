@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InvalidValue, ShimmyError
-from .asked import Asked
+from .asked import Asked, wanted_tokens
 from .board import Board, clock_time
 from .client import Transport
 from .display import inert, one_line, to_html
@@ -68,14 +68,16 @@ def dry_run(session: Session, asked: Asked, board: Board) -> None:
 
 
 def _room(transport: Transport, model: str, body: Mapping[str, Any], count: int) -> str:
-    context = transport.get(f"shimmy/api/models/{model}")["context"]
-    wanted = body.get("max_tokens")
+    context = transport.get(f"shimmy/api/models/{model}")["usable_context"]
+    wanted = wanted_tokens(body)
     most = f"at most {wanted:,} tokens" if wanted is not None else "as many as the server gives"
     if context is None:
         return most
     left = context - count
-    if left < 0:
-        return f"none: the prompt is {-left:,} tokens too long for a context of {context:,}"
+    # Where nobody says how long an answer is to be, there has to be room for a token.
+    over = (1 if wanted is None else 0) - left
+    if over > 0:
+        return f"none: the prompt is {over:,} tokens too long for a context of {context:,}"
     if wanted is not None and wanted > left:
         return f"{most}, {wanted - left:,} more than the context of {context:,} has room for"
     return f"{most}; the context of {context:,} has room for {left:,}"
