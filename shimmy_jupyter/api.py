@@ -299,7 +299,7 @@ async def atokenize(
 
 def models() -> list[dict[str, Any]]:
     """Every model, adapter and projector that one may use: `id`, `state`, `kind`, `quantization`,
-    `context` (tokens), `size_bytes`, `fit`, `sha256`, `error` and more, as `GET shimmy/api/models` says.
+    `context` and `usable_context` (tokens), `size_bytes`, `fit`, `sha256`, `error` and more, as `GET shimmy/api/models` says.
     """
     return _run(lambda asker: asker.models())
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from jupyter_core.paths import jupyter_data_dir
 
@@ -17,8 +15,6 @@ from .frames.fill import Wiring
 if TYPE_CHECKING:  # they are needed once a frame is
     from .notebook.asking import Asker
     from .notebook.classifying import Classifier
-
-_POLL = 0.2
 
 
 def wiring() -> Wiring:
@@ -34,7 +30,7 @@ def wiring() -> Wiring:
 
     def embed(model: str) -> Callable[[list[str]], Awaitable[Sequence[Sequence[float]]]]:
         async def vectors(texts: list[str]) -> Sequence[Sequence[float]]:
-            rows: Any = await asker.embed(texts, model=model)
+            rows: Any = await asker.vectors(texts, model)
             return rows if isinstance(rows, list) else rows.tolist()
 
         return vectors
@@ -72,8 +68,8 @@ class _Classes:
 
 
 async def _resolved(asker: Asker, model: str | None, task: str) -> str:
-    if model is None and task == "embed":
-        return await asker.embedder()
+    if task == "embed":
+        return await asker.embeds(model)
     return await asker.named(model)
 
 
@@ -96,11 +92,11 @@ async def _identity(asker: Asker, model: str) -> str:
 
 async def _read(asker: Asker, model: str) -> str | None:
     """None where they cannot be read, or not by whom it is asked for: a model can still be used then."""
+    from .notebook.held import verified
+
     try:
-        job = (await asker.post(f"shimmy/api/models/{quote(model, safe='')}/verify", {}))["job"]
+        look = await verified(asker, model)
     except AccessDenied:
         return None
-    while (look := await asker.get(f"shimmy/api/jobs/{job}"))["state"] == "running":  # noqa: ASYNC110
-        await asyncio.sleep(_POLL)
     # As the listing has it from then on: of the first file.
     return None if look["error"] is not None else str(look["result"]["sha256"][0])

@@ -33,7 +33,7 @@ _alone: list[Connection] = []
 
 
 def load(shell: InteractiveShell) -> Session:
-    tools = Tools(_resolve, _lock, _doctor, _versions)
+    tools = Tools(_resolve, _lock, _doctor, _versions, _names)
     session = load_magics(shell, _find, _local, tools, kernel_environment().session)
     _loaded[:] = [session]
     register(_framing)
@@ -112,6 +112,13 @@ def _resolve(
     if found is None:
         return None
     return Resolved(merged(body, found.fields), found.note, found.warnings)
+
+
+def _names() -> list[str]:
+    """Of the same lock."""
+    from .models.pinning import Locks
+
+    return Locks(Path, home(), None).names()
 
 
 def _lock(model: str, alias: str, transport: Transport) -> list[str]:

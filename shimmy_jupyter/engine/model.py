@@ -358,6 +358,10 @@ class LoadedModel:
         return self.engine.active + (self.embedder.active if self.embedder is not None else 0)
 
     @property
+    def context_size(self) -> int:
+        return self.facts.context_size
+
+    @property
     def mapped_bytes(self) -> int:
         """Of its file, which the system counts as available memory."""
         return self.facts.size_bytes

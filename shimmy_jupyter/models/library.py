@@ -48,6 +48,7 @@ class Described:
     facts: GgufFacts | None
     digests: tuple[str, ...] | None
     fit: dict[str, Any] | None
+    usable_context: int | None
 
     def to_json(self) -> dict[str, Any]:
         found, facts = self.status.file, self.facts
@@ -60,6 +61,7 @@ class Described:
             "quantization": facts.quantisation if facts else None,
             "parameters": facts.parameters if facts else None,
             "context": facts.context_size if facts else None,
+            "usable_context": self.usable_context,
             "embedding": facts.kind == "embedding" if facts else None,
             "chat_template": facts.chat_template_sha256 if facts else None,
             "size_bytes": found.size_bytes,
@@ -224,11 +226,13 @@ class ModelLibrary:
             if wrong is not None and status.state == "available":
                 status = ModelStatus(found, "failed", wrong)  # noqa: PLW2901
             fit = digests = None
+            usable = status.context_size
             if vetting is not None:
                 digests = vetting.known(found)
                 if facts is not None and found.kind == "model":
                     fit = vetting.fit(facts, available).to_json()
-            described.append(Described(status, facts, digests, fit))
+                    usable = usable or vetting.usable_context(facts)
+            described.append(Described(status, facts, digests, fit, usable))
         return described
 
     # Of models in use

@@ -108,6 +108,15 @@ def fit(
     return Fit(needed, usable, needed <= usable, longest, kv_tokens)
 
 
+def usable_context(trained: int, *, context_size: int, kv_tokens: int) -> int:
+    """Tokens that one sequence gets, prompt and answer together, of a model that was trained on so many: as the
+    engine chooses it when it loads one with these settings, 0 for those that are not set.
+    """
+    context = context_size or min(trained, DEFAULT_CONTEXT)
+    pool = -(-kv_tokens // _CELLS) * _CELLS
+    return min(context, pool) if pool else context
+
+
 def default_reserve(total: int) -> int:
     """Bytes that stay free for notebooks' kernels when nothing is configured, of `total` bytes.
 

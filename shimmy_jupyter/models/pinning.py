@@ -226,6 +226,11 @@ class Locks:
         fields = request_fields(pin, listing["models"], alias)
         return Pinned(alias, self._profile, pin, fields, listing.get("engine"))
 
+    def names(self) -> list[str]:
+        """All that the lock has; none where there is no lock. Raises `LockError` as `pinned` does."""
+        path = find(self._start(), self._home)
+        return [] if path is None else [*read(path).models]
+
     def fields(self, alias: str, listed: Callable[[], Listing]) -> dict[str, Any] | None:
         """What is added to a request for a name; None as in `pinned`, which says what is raised."""
         found = self.pinned(alias, listed)

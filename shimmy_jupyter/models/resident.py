@@ -17,11 +17,13 @@ log = logging.getLogger("shimmy_jupyter.models")
 
 
 class Resident(Protocol):
-    """What a loader gives back. `failure` says why it can answer no more, if so; `active` counts what
-    it is doing for anybody. `memory_bytes` is what it takes, more or less, `mapped_bytes` of them its
-    file's, which the system counts as available.
+    """What a loader gives back. `context_size` is the most tokens of one request; `failure` says why it
+    can answer no more, if so; `active` counts what it is doing for anybody. `memory_bytes` is what it
+    takes, more or less, `mapped_bytes` of them its file's, which the system counts as available.
     """
 
+    @property
+    def context_size(self) -> int: ...
     @property
     def failure(self) -> Failure | None: ...
     @property
@@ -38,12 +40,13 @@ class Resident(Protocol):
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
     """`state`: available, probing, loading, loaded, unloading, failed or quarantined (then `error`
-    says why).
+    says why). `context_size` is that of the engine while it is loaded.
     """
 
     file: Found
     state: str
     error: str | None = None
+    context_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ def status_of(found: Found, entry: Entry[M]) -> ModelStatus:
         return ModelStatus(found, state)
     if model.failure is not None:
         return ModelStatus(found, "failed", model.failure.message)
-    return ModelStatus(found, "loaded")
+    return ModelStatus(found, "loaded", context_size=model.context_size)
 
 
 async def closed(model: Resident) -> None:

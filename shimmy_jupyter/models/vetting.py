@@ -22,7 +22,7 @@ from .gguf import GgufFacts
 from .hashes import Hashes, key_of
 from .jobs import Progress, Report, Stopped, unheard
 from .lockschema import Adapter, Pin
-from .memory import DEFAULT_CONTEXT, Fit, fit
+from .memory import Fit, fit, usable_context
 from .probe import Prober, Verdict
 from .sources import Found
 
@@ -150,6 +150,15 @@ class Vetting:
             reserve=needs.reserve,
         )
 
+    def usable_context(self, facts: GgufFacts) -> int | None:
+        """Tokens that a request would have, prompt and answer together; None where its header does not tell,
+        and where it would not be loaded.
+        """
+        trained, needs = facts.context_size, self._needs
+        if facts.kind != "model" or not trained or needs.context_size > trained:
+            return None
+        return usable_context(trained, context_size=needs.context_size, kv_tokens=needs.kv_tokens)
+
     @property
     def room(self) -> int:
         """Bytes for models on a quiet machine."""
@@ -248,7 +257,10 @@ class Vetting:
             unasked = [
                 Drift(_ADAPTER, "it has an adapter", "none", here[_ADAPTER], Severity.REFUSE)
             ]
-        context = self._needs.context_size or min(facts.context_size, DEFAULT_CONTEXT)
+        needs = self._needs
+        context = usable_context(
+            facts.context_size, context_size=needs.context_size, kv_tokens=needs.kv_tokens
+        )
         return unasked + drift(
             wanted,
             Here(

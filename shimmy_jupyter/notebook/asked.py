@@ -13,7 +13,7 @@ from .arguments import Format, Options, did_you_mean, near
 from .context import Item, as_message, recent, what_to_leave_out, without
 from .formats import demands
 from .interpolate import interpolate
-from .session import Session
+from .session import Resolved, Session
 
 if TYPE_CHECKING:  # it imports pydantic
     from .schemas import Shape
@@ -38,8 +38,9 @@ class Settings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """`body` is the request's, `prompt` what the user has said, without what was added to it; `lines` are
-    to be shown before the answer. `shape` is what `--schema` names.
+    """`body` is the request's as it is sent, `prompt` what the user has said, without what was added to it;
+    `lines` are to be shown before the answer. `shape` is what `--schema` names. `note` and `warnings` are of
+    what the project has pinned for the model, where the user has named one.
     """
 
     body: dict[str, Any]
@@ -47,8 +48,8 @@ class Asked:
     options: Options
     shape: Shape | None = None
     lines: tuple[str, ...] = ()
-    named: bool = True
-    """Whether the user has named the model, and a project's names count."""
+    note: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def format(self) -> Format:
@@ -57,24 +58,35 @@ class Asked:
 
 
 def request(session: Session, settings: Settings, options: Options, prompt: str) -> Asked:
-    """Raises `InvalidValue` for what cannot be asked so, and `ContextLengthExceeded`, with what could be
-    left out, where `--context` is more than fits.
+    """Raises `InvalidValue` for what cannot be asked so, what a project's names do, and
+    `ContextLengthExceeded`, with what could be left out, where `--context` is more than fits.
     """
     text, lines = _interpolated(session, settings, options, prompt)
     if not text.strip():
         raise InvalidValue("there is no prompt: `%shimmy PROMPT`, or write it below `%%shimmy`")
-    named = options.model or settings.model
-    model = session.meant(named) if named else session.default_model()
     shape = _shape(session, options)
+    found = _addressed(session, settings, options, shape)
+    # Of the model that answers, whatever the project calls it.
+    model = str(found.body["model"])
     system = _system(settings, options)
     before = [{"role": "system", "content": system}] if system else []
     if model != BUNDLED:
         for one in session.conversation.before(session.origin.cell, settings.max_history):
             before += one.messages()
-    messages, more = _with_context(session, options, model, before, text)
-    body = _body(settings, options, model, shape)
-    body["messages"] = messages
-    return Asked(body, text, options, shape, (*lines, *more), bool(named))
+    messages, more = _with_context(session, options, found.body, before, text)
+    body = {**found.body, "messages": messages}
+    return Asked(body, text, options, shape, (*lines, *more), found.note, found.warnings)
+
+
+def _addressed(
+    session: Session, settings: Settings, options: Options, shape: Shape | None
+) -> Resolved:
+    """The request but for its messages. A project's names count only where the user has named a model."""
+    named = options.model or settings.model
+    if not named:
+        return Resolved(_body(settings, options, session.default_model(), shape), "")
+    body = _body(settings, options, session.meant(named), shape)
+    return session.resolved(body, options.profile or settings.profile)
 
 
 def _interpolated(
@@ -157,8 +169,20 @@ def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(given)
 
 
+def wanted_tokens(body: Mapping[str, Any]) -> int | None:
+    """Of the answer, by either of the names that there are for it; None where the request does not say, or
+    says what the server will refuse.
+    """
+    said = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
+    return next((one for one in said if type(one) is int), None)
+
+
 def _with_context(
-    session: Session, options: Options, model: str, before: list[dict[str, str]], text: str
+    session: Session,
+    options: Options,
+    body: Mapping[str, Any],
+    before: list[dict[str, str]],
+    text: str,
 ) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     """The messages with the cells that `--context` wants; how many tokens they are is said first."""
     if options.context is None:
@@ -173,11 +197,15 @@ def _with_context(
         return [*before, {"role": "user", "content": content}]
 
     def count(some: list[Item]) -> int:
-        body = {"model": model, "messages": messages(some)}
-        return int(session.transport.post("shimmy/api/tokenize", body)["count"])
+        asked = {"model": body["model"], "messages": messages(some)}
+        return int(session.transport.post("shimmy/api/tokenize", asked)["count"])
 
-    found = session.transport.get(f"shimmy/api/models/{model}")
-    tokens, budget = count(items), (found["context"] or 0) - 1
+    # Counted first: the model is in memory then, and its own context is listed.
+    tokens = count(items)
+    context = session.transport.get(f"shimmy/api/models/{body['model']}")["usable_context"]
+    wanted = wanted_tokens(body)
+    # Where nobody says how long an answer is to be, there has to be room for a token.
+    budget = (context or 0) - (1 if wanted is None else wanted)
     if budget > 0 and tokens > budget:
         choice = what_to_leave_out(items, count, budget)
         raise ContextLengthExceeded(f"{tokens:,} tokens: {choice}", param="--context")

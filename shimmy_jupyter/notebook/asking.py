@@ -16,13 +16,14 @@ import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, Unpack, cast, get_type_hints
 
-from ..errors import InvalidValue, ShimmyError
+from ..errors import InvalidValue, ShimmyError, UnsupportedParameter
 from .arguments import did_you_mean, near
 from .result import Completion, Stream, from_body
 
 if TYPE_CHECKING:  # these are heavy, and numpy need not be there
     import numpy as np
 
+    from .held import Held
     from .remote import AsyncTransport
 
 _CHAT, _COMPLETIONS = "shimmy/v1/chat/completions", "shimmy/v1/completions"
@@ -165,27 +166,56 @@ class Asker:
         self, texts: str | Iterable[str], *, model: str | None = None, dimensions: int | None = None
     ) -> Vectors:
         """A vector of length 1 for each text, in order; in as many requests as the server's limits
-        need. Raises `InvalidValue` where no model is named and none is made for this.
+        need. Raises `InvalidValue` where no model is named and none is made for this, and what `held` does.
         """
         inputs = _texts(texts)
         if not inputs:
             return _matrix([], dimensions or 0)
-        chosen = model or await self.embedder()
-        rows: list[bytes] = []
+        return await self.vectors(inputs, await self.embeds(model), dimensions)
+
+    async def embeds(self, model: str | None) -> str:
+        """The id of the model that makes vectors, named or not. Raises what `embed` and `held` do."""
+        if not model:
+            return await self.embedder()
+        found = await self.held(model)
+        if found.adapter is not None:
+            raise UnsupportedParameter(
+                f"{model} is pinned with an adapter, and vectors are made without one",
+                param="model",
+            )
+        return found.id
+
+    async def vectors(self, texts: list[str], id: str, dimensions: int | None = None) -> Vectors:
+        """Of at least one text, by the model that has this id, whatever a project calls so."""
+        inputs, rows = _texts(texts), list[bytes]()
         for some in _batches(inputs):
-            rows += await self._embedded(some, chosen, dimensions, len(rows))
+            rows += await self._embedded(some, id, dimensions, len(rows))
         return _matrix(rows, len(rows[0]) // 4)
 
     @keywords(Templating)
     async def tokenize(
         self, text: Messages, model: str | None = None, **options: Unpack[Templating]
     ) -> list[int]:
-        """The exact tokens that a prompt has: of a text as `complete` takes it, of messages as `chat`."""
+        """The exact tokens that a prompt has: of a text as `complete` takes it, of messages as `chat`. Raises
+        what the service refuses it with, and what `held` does.
+        """
         what = "prompt" if isinstance(text, str) else "messages"
         asked = text if isinstance(text, str) else _messages(text, None)
-        body = {"model": await self.named(model), **_given(options), what: asked}
-        tokens: list[int] = (await self.post("shimmy/api/tokenize", body))["tokens"]
-        return tokens
+        id = (await self.held(model)).id if model else await self._default_model()
+        return await self.tokens({"model": id, **_given(options), what: asked})
+
+    async def tokens(self, body: dict[str, Any]) -> list[int]:
+        """Of a request's body, by the model that has its id, whatever a project calls so."""
+        found: list[int] = (await self.post("shimmy/api/tokenize", body))["tokens"]
+        return found
+
+    async def held(self, model: str) -> Held:
+        """The model that a name means, for requests that have no `pin`: where a project's lock has the name,
+        what is pinned is compared here. Raises `ModelDrifted`, and what the lock does.
+        """
+        from .held import held
+
+        return await held(self, await self._prepare({"model": model}))
 
     async def models(self) -> list[dict[str, Any]]:
         """Every model, adapter and projector, with the fields of `GET shimmy/api/models`."""

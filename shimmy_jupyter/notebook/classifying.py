@@ -141,7 +141,7 @@ class Classifier:
         return str((await self._asker.post("shimmy/api/apply-template", body))["prompt"])
 
     async def _tokens(self, text: str) -> list[int]:
-        return await self._asker.tokenize(text, self._base["model"])
+        return await self._asker.tokens({"model": self._base["model"], "prompt": text})
 
     async def _likelihood(self, tokens: list[int], start: int) -> float:
         asked = {"prompt": tokens, "echo": True, "logprobs": 0, "max_tokens": 0}

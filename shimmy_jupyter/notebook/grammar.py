@@ -4,9 +4,9 @@ The first word of `%shimmy …` is a command only where the whole rest of the li
 arguments: as many as it takes, each of its kind. So `%shimmy list three colours` is a prompt. Where a
 sentence could begin in the same way, what the words are settles it:
 
-- A model, an alias or a variable is one that exists. A word that does not exist, but is written as
-  names are (letters with a digit among them, or with `-`, `:`, `/`, `.`, `@` or `_` inside) or much
-  like an existing one, is meant as one, and an error says so; any other word makes the line a prompt.
+- A model, an alias, a project's name or a variable is one that exists. A word that does not exist, but
+  is written as names are (letters with a digit among them, or with `-`, `:`, `/`, `.`, `@` or `_`
+  inside) or much like an existing one, is meant as one, and an error says so; any other word makes the line a prompt.
   So `%shimmy load balancing` is a prompt, and `%shimmy load qwen3-1.7` an error, not a silent prompt.
 - What can be one of a few words is one of them; what is nearly one is an error.
 - A command's own option, or another argument that is certain, makes the line a command, and what else
@@ -142,9 +142,9 @@ def parse_line(
     known: Callable[[], Collection[str]] = tuple,
     variables: Callable[[], Collection[str]] = tuple,
 ) -> Command | Prompt:
-    """What `%shimmy` is asked for. `known` are the models that the server lists, all of them, and
-    aliases; `variables` the names that the user has, or that answers went into. They are called where a
-    word depends on it, and what they raise is raised. Raises `InvalidValue`.
+    """What `%shimmy` is asked for. `known` are the models that the server lists, all of them, aliases and
+    a project's names; `variables` the names that the user has, or that answers went into. They are
+    called where a word depends on it, and what they raise is raised. Raises `InvalidValue`.
     """
     first, rest = (*line.split(maxsplit=1), "", "")[:2]
     verb = COMMANDS.get(first)

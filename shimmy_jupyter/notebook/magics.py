@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from .provenance import KEY, Kept, from_json, of, with_seed
 from .replay import replay
 from .result import Completion
 from .saved import answer_of
-from .session import Session
+from .session import Resolved, Session
 from .view import Shown, View
 
 _ASSIGNED = re.compile(r"=\s*(?:%shimmy|get_ipython\(\))")
@@ -130,7 +130,7 @@ class ShimmyMagics(Magics):
     def _answer(self, options: Options, prompt: str) -> Completion | None:
         asked = request(self.session, self, options, prompt)
         if options.dry_run:
-            talking.dry_run(self.session, self, asked, self.board())
+            talking.dry_run(self.session, asked, self.board())
             return None
         for line in asked.lines:
             print(f"shimmy: {clean(line)}")
@@ -140,8 +140,8 @@ class ShimmyMagics(Magics):
 
     def _asked(self, asked: Asked) -> Completion:
         """Streamed onto the screen. Raises what ends it, with what had come shown as such."""
-        body, origin = self._resolved(asked)
-        body = with_seed(body, self._draw)
+        self._warn(asked.warnings)
+        body, origin = with_seed(asked.body, self._draw), asked.note
         stream = self.stream if asked.options.stream is None else asked.options.stream
         view = View(rich=self.session.rich, stream=stream, format=asked.format)
         sent = {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -207,24 +207,28 @@ class ShimmyMagics(Magics):
         said = "; ".join([error.message, *hints])
         return ContextLengthExceeded(said, param=error.param, request_id=error.request_id)
 
-    def _resolved(self, asked: Asked) -> tuple[dict[str, Any], str]:
-        """By what the project has pinned, where a model is named; and the note that says so."""
-        if not asked.named:
-            return asked.body, ""
-        profile = asked.options.profile or self.profile
-        resolved = self.session.tools.resolve(asked.body, profile, self.session.listed)
-        if resolved is None:
-            return asked.body, ""
-        for warning in resolved.warnings:
+    def _warn(self, warnings: Iterable[str]) -> None:
+        """Of each once in a notebook."""
+        for warning in warnings:
             if warning not in self._warned:
                 self._warned.add(warning)
                 print(f"shimmy: {clean(warning)}")
-        return resolved.body, resolved.note
+
+    def _chosen(self, given: str | None) -> Resolved:
+        """The model of a command, as a request: of this name, the notebook's, or the server's default."""
+        named = given or self.model
+        if not named:
+            return Resolved({"model": self.session.default_model()}, "")
+        found = self.session.resolved({"model": self.session.meant(named)}, self.profile)
+        self._warn(found.warnings)
+        return found
 
     # Commands
 
     def _command(self, command: Command) -> Completion | None:
         given, board = command.arguments, self.board()
+        if command.name in _ON_A_MODEL:
+            given = {**given, "model": self._chosen(given["model"]).body["model"]}
         if command.name in _SIMPLE:
             _SIMPLE[command.name](self.session, given, board)
             return None
@@ -234,6 +238,8 @@ class ShimmyMagics(Magics):
 
     def _use(self, given: Mapping[str, Any], board: Board) -> None:
         if given["model"] is not None:
+            self._chosen(given["model"])  # of a name that nothing can answer to, the error is now
+            # Not the model's id: what the project pins goes by its own name.
             self.model = self.session.meant(given["model"])
         board.say(f"this notebook asks {self.model or self.session.default_model()}")
 
@@ -284,10 +290,9 @@ class ShimmyMagics(Magics):
         if error is None:
             raise InvalidValue("no cell of this notebook has failed", param="fix")
         self._check()
-        named = given["model"] or self.model
-        model = self.session.meant(named) or self.session.default_model()
-        body = {"model": model, "messages": mending.prompt_for(error)}
-        found = self._asked(Asked(body, "", Options(), named=bool(named)))
+        chosen = self._chosen(given["model"])
+        body = {**chosen.body, "messages": mending.prompt_for(error)}
+        found = self._asked(Asked(body, "", Options(), note=chosen.note))
         code = mending.corrected(found.text)
         if code is None:
             board.say("the answer has no corrected cell in it")
@@ -305,11 +310,13 @@ class ShimmyMagics(Magics):
 
     def _compare(self, given: Mapping[str, Any], board: Board) -> None:
         self._check()
-        bodies = []
-        for model in given["models"]:
-            asked = request(self.session, self, Options(model=model), given["prompt"])
-            bodies.append(self._resolved(asked)[0])
-        talking.compare(self.session, bodies, board)
+        all_asked = [
+            request(self.session, self, Options(model=model), given["prompt"])
+            for model in given["models"]
+        ]
+        for asked in all_asked:
+            self._warn(asked.warnings)
+        talking.compare(self.session, all_asked, board)
 
     def _replay(self, given: Mapping[str, Any], board: Board) -> None:
         which = given["variable"] or ""
@@ -341,9 +348,9 @@ class ShimmyMagics(Magics):
     def _bench(self, given: Mapping[str, Any], board: Board) -> None:
         from .measuring import bench
 
-        model = self.session.meant(given["model"] or self.model) or self.session.default_model()
+        chosen = self._chosen(given["model"])
         self._check()
-        bench(self.session.transport, model, board)
+        bench(self.session.transport, chosen.body, board)
 
     def _panel(self, _given: Mapping[str, Any], _board: Board) -> None:
         from IPython.display import display
@@ -361,6 +368,9 @@ def _stopped() -> KeyboardInterrupt:
 
 
 vars(ShimmyMagics)["shimmy"].__doc__ = usage()
+
+_ON_A_MODEL = frozenset({"load", "unload", "probe", "verify"})
+"""Commands whose argument is a model's id by the time that they are called."""
 
 _SIMPLE: dict[str, Callable[[Session, Mapping[str, Any], Board], None]] = {
     name: getattr(managing, name)

@@ -99,7 +99,7 @@ def _worked(
     session: Session, given: Arguments, board: Board, verb: str
 ) -> tuple[str, dict[str, Any]]:
     """A job on a model, shown as it goes on; the model's id and the job's result."""
-    model, transport = session.meant(given["model"]), session.transport
+    model, transport = given["model"], session.transport
     job = transport.post(f"shimmy/api/models/{model}/{verb}", {})["job"]
     try:
         return model, follow(transport, job, lambda look: board.say(progress(look)))
@@ -146,17 +146,18 @@ def alias(session: Session, given: Arguments, board: Board) -> None:
             f"{name} is {session.aliases[name]} already: %shimmy update {name} {model}",
             param="alias",
         )
-    ids = {one["id"] for one in session.listed()["models"]}
-    if name in ids:
+    if name in {one["id"] for one in session.listed()["models"]}:
         raise InvalidValue(f"there is a model {name} already", param="alias")
-    _name(session, name, model, ids)
+    if name in session.tools.names():
+        raise InvalidValue(f"shimmy.lock has the name {name} already", param="alias")
+    _name(session, name, model)
     board.say(f"{name} is {session.aliases[name]} in this notebook")
 
 
 def update(session: Session, given: Arguments, board: Board) -> None:
     name, model = given["alias"], given["model"]
     _known(session, name)
-    _name(session, name, model, {one["id"] for one in session.listed()["models"]})
+    _name(session, name, model)
     board.say(f"{name} is {session.aliases[name]} now")
 
 
@@ -173,8 +174,8 @@ def _known(session: Session, name: str) -> None:
         raise InvalidValue(f"there is no alias {name!r}; there are: {there}", param="alias")
 
 
-def _name(session: Session, name: str, model: str, ids: set[str]) -> None:
+def _name(session: Session, name: str, model: str) -> None:
     meant = session.meant(model)
-    if meant not in ids:
+    if meant not in session.names():
         raise ModelNotFound(f"there is no model {meant!r}", param="model")
     session.aliases[name] = meant

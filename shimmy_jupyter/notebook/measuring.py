@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from .display import inert, one_line
 
 RUNS = 5
 _TOKENS = 64
+_FIXED = ("model", "pin", "adapter")
 _SHORT, _LONG = 16, 256
 """Words of the two prompts."""
 
@@ -28,18 +30,23 @@ class Run:
     rate: float | None
 
 
-def bench(transport: Transport, model: str, board: Board, runs: int = RUNS) -> dict[str, list[Run]]:
+def bench(
+    transport: Transport, chosen: Mapping[str, Any], board: Board, runs: int = RUNS
+) -> dict[str, list[Run]]:
     """Asks for `_TOKENS` tokens `runs` times after a short and after a long prompt, each of which begins
     with a word of its own so that nothing of it is in the cache. One more before, which does not count.
+    `chosen` is a request for the model: of what else is in it, what the bytes are counts, sampling does not.
     Raises what the service refuses a request by.
     """
+    model = str(chosen["model"])
+    fixed = {name: chosen[name] for name in _FIXED if name in chosen}
     board.say(f"{model}: warming up")
-    _asked(transport, model, _SHORT)
+    _asked(transport, fixed, _SHORT)
     found: dict[str, list[Run]] = {}
     for name, words in (("short prompt", _SHORT), ("long prompt", _LONG)):
         for number in range(runs):
             board.say(f"{model}: {name}, {number + 1} of {runs}")
-            found.setdefault(name, []).append(_asked(transport, model, words))
+            found.setdefault(name, []).append(_asked(transport, fixed, words))
     listed = transport.get("shimmy/api/models")["models"]
     facts = next((one for one in listed if one["id"] == model), None)
     board.show(*_shown(model, found, _memory(facts)))
@@ -56,10 +63,10 @@ def _memory(facts: dict[str, Any] | None) -> str:
     return f", needs {amount(facts['fit']['needed'])} of memory ({weights})"
 
 
-def _asked(transport: Transport, model: str, words: int) -> Run:
+def _asked(transport: Transport, fixed: Mapping[str, Any], words: int) -> Run:
     own = secrets.token_hex(4)
     body = {
-        "model": model,
+        **fixed,
         "prompt": " ".join(f"{own}-{place}" for place in range(words // 4)),
         "max_tokens": _TOKENS,
         "temperature": 0,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
 
+from ..errors import InvalidValue
 from .client import Connection, Transport
 from .conversation import Conversation
 from .origin import Origin
@@ -49,13 +51,15 @@ def _nowhere(*_: Any) -> list[str]:
 class Tools:
     """What reaches beyond the notebook, by whoever puts it together. Each returns lines to show.
 
-    `lock` takes a model's id, the name that it is to have, and what reaches the server.
+    `lock` takes a model's id, the name that it is to have, and what reaches the server. `names` are those
+    that a project has pinned; it raises `InvalidValue` where that cannot be told.
     """
 
     resolve: Resolve = as_it_is
     lock: Callable[[str, str, Transport], list[str]] = _nowhere
     doctor: Callable[[], list[str]] = _nowhere
     versions: Callable[[], list[str]] = list
+    names: Callable[[], Sequence[str]] = tuple
 
 
 @dataclass(slots=True)
@@ -94,15 +98,26 @@ class Session:
         """The model that a name means: an alias's, or itself."""
         return self.aliases.get(model, model)
 
+    def resolved(self, body: dict[str, Any], profile: str) -> Resolved:
+        """A request for a model that somebody has named, with what the project has pinned for the name."""
+        found = self.tools.resolve(body, profile, self.listed)
+        return Resolved(body, "") if found is None else found
+
     def names(self) -> Sequence[str]:
-        """Of models and aliases."""
-        return [*(model["id"] for model in self.listed()["models"]), *self.aliases]
+        """Of models, aliases, and what the project has pinned. Raises what `Tools.names` does: which of the
+        words of a line are names cannot be told then.
+        """
+        listed = (model["id"] for model in self.listed()["models"])
+        return [*dict.fromkeys([*listed, *self.aliases, *self.tools.names()])]
 
     def names_at_hand(self) -> Sequence[str]:
         """The same for completion, for which no model is made to answer in this kernel."""
         transport = self.connection.at_hand()
         listed = [] if transport is None else transport.get("shimmy/api/models")["models"]
-        return [*(model["id"] for model in listed), *self.aliases]
+        found = [*(model["id"] for model in listed), *self.aliases]
+        with suppress(InvalidValue):  # whoever then asks is told what is wrong
+            found += self.tools.names()
+        return [*dict.fromkeys(found)]
 
     def variables(self) -> Sequence[str]:
         """The user's own."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InvalidValue, ShimmyError
-from .asked import Asked, Settings
+from .asked import Asked, wanted_tokens
 from .board import Board, clock_time
 from .client import Transport
 from .display import inert, one_line, to_html
@@ -45,24 +45,20 @@ def _short(text: str) -> str:
     return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
 
 
-def dry_run(session: Session, settings: Settings, asked: Asked, board: Board) -> None:
+def dry_run(session: Session, asked: Asked, board: Board) -> None:
     """What the model would get, exactly, and what that would cost: nothing is generated."""
     body = asked.body
     wanted: dict[str, Any] = {name: body[name] for name in body.keys() & _RENDERED}
-    if asked.named:
-        profile = asked.options.profile or settings.profile
-        resolved = session.tools.resolve(body, profile, session.listed)
-        if resolved is not None:
-            wanted["model"] = resolved.body["model"]
     found = session.transport.post("shimmy/api/apply-template", wanted)
     cached = 0 if body.get("reproducible") else found["cached_tokens"]
     rows: list[tuple[str, str]] = [
-        ("model", str(wanted["model"])),
+        ("model", _called(asked)),
         ("prompt", f"{found['count']:,} tokens, {cached:,} of them computed already"),
         ("answer", _room(session.transport, str(wanted["model"]), body, found["count"])),
         *_left(session.transport),
     ]
-    others = {name: value for name, value in body.items() if name not in {*wanted, "max_tokens"}}
+    said = {*wanted, "max_tokens", "pin"}
+    others = {name: value for name, value in body.items() if name not in said}
     rows += [(name, str(value)) for name, value in others.items()]
     text = "\n".join([*asked.lines, found["prompt"], "", *(f"{a}: {b}" for a, b in rows)])
     page = "".join(f"<p>{inert(line)}</p>" for line in asked.lines)
@@ -72,14 +68,16 @@ def dry_run(session: Session, settings: Settings, asked: Asked, board: Board) ->
 
 
 def _room(transport: Transport, model: str, body: Mapping[str, Any], count: int) -> str:
-    context = transport.get(f"shimmy/api/models/{model}")["context"]
-    wanted = body.get("max_tokens")
+    context = transport.get(f"shimmy/api/models/{model}")["usable_context"]
+    wanted = wanted_tokens(body)
     most = f"at most {wanted:,} tokens" if wanted is not None else "as many as the server gives"
     if context is None:
         return most
     left = context - count
-    if left < 0:
-        return f"none: the prompt is {-left:,} tokens too long for a context of {context:,}"
+    # Where nobody says how long an answer is to be, there has to be room for a token.
+    over = (1 if wanted is None else 0) - left
+    if over > 0:
+        return f"none: the prompt is {over:,} tokens too long for a context of {context:,}"
     if wanted is not None and wanted > left:
         return f"{most}, {wanted - left:,} more than the context of {context:,} has room for"
     return f"{most}; the context of {context:,} has room for {left:,}"
@@ -98,15 +96,23 @@ def _until(row: Mapping[str, Any]) -> str:
     return "" if row["resets_at"] is None else f" until {clock_time(row['resets_at'])}"
 
 
-def compare(session: Session, bodies: list[dict[str, Any]], board: Board) -> list[dict[str, Any]]:
+def _called(asked: Asked) -> str:
+    """The model that is asked, and by which of the project's names."""
+    model = str(asked.body["model"])
+    return f"{model} ({asked.note})" if asked.note else model
+
+
+def compare(session: Session, all_asked: list[Asked], board: Board) -> list[dict[str, Any]]:
     """Answers to the same prompt, one after another so that none slows the other down; side by side."""
     found: list[dict[str, Any]] = []
-    for body in bodies:
-        board.say(f"asking {body['model']} ({len(found) + 1} of {len(bodies)})")
+    for asked in all_asked:
+        called = _called(asked)
+        board.say(f"asking {called} ({len(found) + 1} of {len(all_asked)})")
         try:
-            found.append(session.transport.post("shimmy/v1/chat/completions", body))
+            answer = session.transport.post("shimmy/v1/chat/completions", asked.body)
         except ShimmyError as error:
-            found.append({"model": body["model"], "error": f"{error.message} [{error.code}]"})
+            answer = {"error": f"{error.message} [{error.code}]"}
+        found.append({**answer, "called": called})
     board.show(*_side_by_side(found))
     if all("error" in one for one in found):
         raise InvalidValue("none of them has answered", param="models")
@@ -118,8 +124,8 @@ def _side_by_side(found: list[dict[str, Any]]) -> tuple[str, str]:
     for one in found:
         said = one.get("error") or str(one["choices"][0]["message"]["content"])
         note = _figures(one)
-        texts.append(f"── {one_line(one['model'])} ({note})\n{said}")
-        heads.append(f'<th scope="col">{inert(one["model"])}</th>')
+        texts.append(f"── {one_line(one['called'])} ({note})\n{said}")
+        heads.append(f'<th scope="col">{inert(one["called"])}</th>')
         shown = f"<p>{inert(said)}</p>" if "error" in one else to_html(said)
         cells.append(f'<td style="vertical-align:top;text-align:left">{shown}</td>')
         feet.append(f"<td><small>{inert(note)}</small></td>")

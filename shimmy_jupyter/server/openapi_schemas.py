@@ -87,6 +87,7 @@ _MODEL = fields(
     quantization=or_null(TEXT),
     parameters=or_null(COUNT),
     context=or_null(COUNT),
+    usable_context=or_null(COUNT),
     embedding=or_null(YES),
     chat_template=or_null(DIGEST),
     size_bytes=COUNT,

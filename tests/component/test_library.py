@@ -61,6 +61,7 @@ async def test_what_there_is(server: Any, get: Any) -> None:
     assert found["default"] == MODEL
     (model,) = found["models"]
     assert (model["id"], model["state"], model["kind"]) == (MODEL, "available", "model")
+    assert (model["context"], model["usable_context"]) == (None, None)  # nobody has looked
     assert await get("models", MODEL) == model
     status, error = await refused(get("models", "ghost"))
     assert (status, error["code"]) == (404, "model_not_found")
@@ -73,14 +74,18 @@ async def test_loaded_and_unloaded(server: Any, post: Any, get: Any, fakes: Any)
     assert job == await get("jobs", answer["job"])
     assert (job["state"], job["kind"], job["model"]) == ("done", "load", MODEL)
     assert job["result"]["state"] == "loaded"
-    assert (await get("models", MODEL))["state"] == "loaded"
+    row = await get("models", MODEL)
+    context = fakes.models[0].facts.context_size
+    assert (row["state"], row["context"], row["usable_context"]) == ("loaded", None, context)
+    assert (await get("models"))["models"] == [row]
     _, again = await post("models", MODEL, "load")
     assert (await ended(server, again["job"]))["state"] == "done"
     assert len(fakes.models) == 1
 
     _, answer = await post("models", MODEL, "unload", body="{}")
     assert (await ended(server, answer["job"]))["result"] == {"unloaded": True}
-    assert (await get("models", MODEL))["state"] == "available"
+    row = await get("models", MODEL)
+    assert (row["state"], row["usable_context"]) == ("available", None)
     _, answer = await post("models", MODEL, "unload")
     assert (await ended(server, answer["job"]))["result"] == {"unloaded": False}
     kinds = [job["kind"] for job in (await get("jobs"))["jobs"]]

@@ -2,7 +2,7 @@
 
 Cases: a frame is mapped, and again from the cache, also right after the model's bytes were first read; a frame
 and a function without a server; the panel opens, answers and leaves no thread; replay of a cell is identical;
-one policy refuses all of them with the same code.
+one policy refuses all of them with the same code; a name of a lock is good wherever a model is named.
 """
 
 from __future__ import annotations
@@ -128,3 +128,22 @@ def test_without_a_server(tmp_path: Path) -> None:
     )
     assert json.loads(done.stdout.strip().splitlines()[-1]) == [LEN, LEN], done.stderr
     assert "the model runs inside it" in done.stdout
+
+
+def test_a_name_of_the_lock(tmp_path: Path) -> None:
+    code = (
+        "%load_ext shimmy\nimport json, shimmy\n%shimmy lock self-test --alias tutor\n"
+        "%shimmy load tutor\n%shimmy use tutor\n%shimmy --context 1 -o x What does len do\n"
+        "print(json.dumps([shimmy.tokenize('hi', model='tutor') == shimmy.tokenize('hi'),"
+        "shimmy.embed('hi', model='tutor').shape[0], x.model]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "IPython", "--no-banner", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == [True, 1, "self-test"], done.stdout
+    assert "tutor of shimmy.lock" in done.stdout

@@ -32,7 +32,7 @@ from shimmy_jupyter.notebook.magics import ShimmyMagics
 
 from ..notebooks import magics, run, shell
 
-ROW = {"id": "small", "state": "loaded", "kind": "model", "context": 100, "size_bytes": 5,
+ROW = {"id": "small", "state": "loaded", "kind": "model", "context": 1000, "usable_context": 100, "size_bytes": 5,
        "quantization": "Q4", "fit": None, "error": None}  # fmt: skip
 
 
@@ -225,6 +225,21 @@ class TestContext:
         assert "word word" not in prompt(server)
         assert "y = 7" in prompt(server)
 
+    def test_what_the_answer_is_to_have_is_no_room(self, ip: Any, server: Talking) -> None:
+        ask(ip, "y = 'word " + "word " * 40 + "'", "%shimmy --context 1 why?")
+        with pytest.raises(ContextLengthExceeded, match=r"--leave-out In\[\d+\]"):
+            ask(ip, "%shimmy --context 1 --max-tokens 50 why?")
+        with pytest.raises(ContextLengthExceeded, match=r"--leave-out In\[\d+\]"):
+            ask(ip, """%shimmy --context 1 -m '{"max_completion_tokens": 50}' why?""")
+        assert len(server.bodies) == 1
+
+    def test_where_nobody_knows_the_room_the_server_decides(
+        self, ip: Any, server: Talking, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(ROW, "usable_context", None)
+        ask(ip, "z = '" + "word " * 2000 + "'", "%shimmy --context 1 why?")
+        assert "word word" in prompt(server)
+
     def test_leaving_out_of_nothing(self, ip: Any) -> None:
         with pytest.raises(InvalidValue) as caught:
             ask(ip, "%shimmy --leave-out 3 why?")
@@ -333,6 +348,26 @@ def test_a_dry_run_asks_nothing(ip: Any, server: Talking, capsys: Any) -> None:
     assert [path for path, _ in server.posted] == ["shimmy/api/apply-template"]
     ask(ip, "%shimmy --dry-run --reproducible hi")
     assert "7 tokens, 0 of them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("room", "line", "said"),
+    [
+        (7, "", "none: the prompt is 1 tokens too long for a context of 7"),
+        (8, "", "as many as the server gives; the context of 8 has room for 1"),
+        (7, "--max-tokens 0", "at most 0 tokens; the context of 7 has room for 0"),
+        (6, "--max-tokens 0", "none: the prompt is 1 tokens too long for a context of 6"),
+        (10, """-m '{"max_completion_tokens": 5}'""", "2 more than the context of 10 has room for"),
+        (None, "", "as many as the server gives"),
+    ],
+)
+def test_a_dry_run_reckons_as_the_server_does(
+    ip: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch, room: int | None, line: str, said: str
+) -> None:
+    monkeypatch.setitem(ROW, "usable_context", room)
+    ask(ip, f"%shimmy --dry-run {line} hi")
+    out = capsys.readouterr().out
+    assert re.search(f"^answer: .*{re.escape(said)}$", out, re.MULTILINE), out
 
 
 class TestNames:

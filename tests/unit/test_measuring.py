@@ -56,7 +56,7 @@ class Server:
 
 def test_the_figures() -> None:
     server, board = Server(), Shown()
-    bench(server, "m", board, runs=3)  # type: ignore[arg-type]
+    bench(server, {"model": "m"}, board, runs=3)  # type: ignore[arg-type]
     assert len(server.bodies) == 7
     head, _, *table = board.texts[-1].splitlines()
     assert head == "m, needs 2.5 GB of memory (600.0 MB of weights): medians of 3, least to most"
@@ -71,7 +71,7 @@ def test_the_figures() -> None:
 def test_nothing_is_in_the_cache() -> None:
     server = Server()
     for _ in range(2):
-        bench(server, "m", Shown(), runs=3)  # type: ignore[arg-type]
+        bench(server, {"model": "m"}, Shown(), runs=3)  # type: ignore[arg-type]
     assert len({body["prompt"].split()[0] for body in server.bodies}) == 14
 
 
@@ -81,21 +81,21 @@ def test_nothing_is_in_the_cache() -> None:
 )
 def test_memory_that_is_not_known(facts: dict[str, Any], said: str) -> None:
     board = Shown()
-    bench(Server(**facts), "m", board, runs=1)  # type: ignore[arg-type]
+    bench(Server(**facts), {"model": "m"}, board, runs=1)  # type: ignore[arg-type]
     assert board.texts[-1].startswith(said)
 
 
 def test_single_tokens_have_no_rate() -> None:
     server, board = Server(), Shown()
     server.single = True
-    bench(server, "m", board, runs=2)  # type: ignore[arg-type]
+    bench(server, {"model": "m"}, board, runs=2)  # type: ignore[arg-type]
     assert board.texts[-1].splitlines()[3].endswith("–")
     assert "<svg" not in board.page
 
 
 def test_a_name_is_text() -> None:
     board = Shown()
-    bench(Server(id="<b>\x1b[2Jm"), "<b>\x1b[2Jm", board, runs=1)  # type: ignore[arg-type]
+    bench(Server(id="<b>\x1b[2Jm"), {"model": "<b>\x1b[2Jm"}, board, runs=1)  # type: ignore[arg-type]
     assert "<b>" not in board.page
     assert "\x1b" not in board.texts[-1]
 
@@ -103,4 +103,4 @@ def test_a_name_is_text() -> None:
 def test_an_error_ends_it() -> None:
     server = Server()
     with pytest.raises(RateLimitExceeded):
-        bench(server, "m", Shown(), runs=30)  # type: ignore[arg-type]
+        bench(server, {"model": "m"}, Shown(), runs=30)  # type: ignore[arg-type]

@@ -39,6 +39,7 @@ from shimmy_jupyter.models.memory import (
     default_reserve,
     fit,
     total_memory,
+    usable_context,
 )
 
 MB, GB = 10**6, 10**9
@@ -404,6 +405,22 @@ def fits(
         available=available,
         reserve=reserve,
     )
+
+
+@pytest.mark.parametrize(
+    ("trained", "context_size", "kv_tokens", "usable"),
+    [
+        (1024, 0, 0, 1024),
+        (131_072, 0, 0, 8192),
+        (131_072, 32_768, 0, 32_768),
+        (1024, 128, 0, 128),
+        (1024, 0, 300, 512),  # the pool is in whole blocks
+        (1024, 300, 256, 256),
+        (1024, 128, 16_384, 128),
+    ],
+)
+def test_usable_context(trained: int, context_size: int, kv_tokens: int, usable: int) -> None:
+    assert usable_context(trained, context_size=context_size, kv_tokens=kv_tokens) == usable
 
 
 class TestNeeds:

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from shimmy_jupyter.audit import export as audit_export
 from shimmy_jupyter.core.limits import NAMES
-from shimmy_jupyter.notebook.panel import asking, auditing, managing, shapes
+from shimmy_jupyter.notebook.panel import asking, auditing, managing, shapes, text
 from shimmy_jupyter.notebook.panel import export as panel_export
 from shimmy_jupyter.notebook.panel import messages as m
 from shimmy_jupyter.notebook.panel import model as view
@@ -41,7 +41,7 @@ FIGURES = Figures(10, 4, 3, 20.5, 100.0, 1.0, 7)
 def model(id: str = "a", state: str = "available", **more: Any) -> dict[str, Any]:
     return {
         "id": id, "state": state, "kind": "model", "architecture": None, "quantization": "Q4_K_M",
-        "parameters": 1, "context": 4096, "embedding": False, "chat_template": None,
+        "parameters": 1, "context": 4096, "usable_context": 4096, "embedding": False, "chat_template": None,
         "size_bytes": 5, "files": 1, "sha256": None, "source": "root", "origin": None,
         "fit": {"needed": 6, "available": 4, "ok": False, "max_context": 0}, "error": None, **more,
     }  # fmt: skip
@@ -592,6 +592,22 @@ class TestComparing:
         (sent,) = desk.do(m.Asked("hi"))
         assert isinstance(sent, m.Generate)
         assert sent.lane == "ask"
+
+
+@pytest.mark.parametrize(
+    ("trained", "usable", "said"),
+    [(4096, 4096, "4,096"), (131_072, 8192, "8,192 of 131,072"), (4096, None, "4,096"),
+     (None, 128, "128"), (None, None, "")],
+)  # fmt: skip
+def test_the_context_is_what_a_request_has_of_it(
+    trained: int | None, usable: int | None, said: str
+) -> None:
+    found = shapes.model(model(context=trained, usable_context=usable))
+    assert text.context(found) == said
+    assert (f" · {said} tokens of context" in text.model_line(found)) is bool(said)
+    assert f">{said}</td>" in text.models(
+        shapes.models(models(context=trained, usable_context=usable))
+    )
 
 
 class TestModels:

@@ -83,7 +83,7 @@ def model(id: str = "course-Q4", sha256: str | None = A, **more: Any) -> dict[st
     """As the server lists it."""
     given = {
         "kind": "model", "size_bytes": 100, "files": 1, "chat_template": C, "context": 2048,
-        "source": "root", "origin": None, "fit": None,
+        "usable_context": 2048, "source": "root", "origin": None, "fit": None,
     }  # fmt: skip
     return {"id": id, "sha256": sha256} | given | more
 

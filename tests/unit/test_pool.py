@@ -41,6 +41,7 @@ class Model:
         self.name, self.active, self.closed = name, 0, False
         self.failure: Failure | None = None
         self.memory_bytes = self.mapped_bytes = SIZE
+        self.context_size = 512
 
         self.adapters: list[str] = []
 

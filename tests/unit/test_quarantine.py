@@ -108,7 +108,7 @@ class Crashing:
     """A resident whose engine has ended by the time it is asked again."""
 
     failure = Failure(EngineCrashed.code, "the engine's process crashed (SIGSEGV)")
-    active = memory_bytes = mapped_bytes = 0
+    active = memory_bytes = mapped_bytes = context_size = 0
 
     async def close(self) -> None:
         pass

@@ -36,6 +36,7 @@ def model(body: Body) -> Model:
         size_bytes=int(body["size_bytes"]),
         quantisation=_text_or_none(body["quantization"]),
         context=_whole_or_none(body["context"]),
+        usable_context=_whole_or_none(body["usable_context"]),
         embedding=body["embedding"],
         fit=None
         if fit is None

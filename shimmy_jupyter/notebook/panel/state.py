@@ -66,8 +66,9 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """`state`: available, probing, loading, loaded, unloading, failed or quarantined; `context` in tokens;
-    `embedding` None where it is not known yet.
+    """`state`: available, probing, loading, loaded, unloading, failed or quarantined; `context` in tokens
+    is what it was trained on, `usable_context` what a request has of it; these and `embedding`
+    are None where it is not known yet.
     """
 
     id: str
@@ -79,6 +80,7 @@ class Model:
     embedding: bool | None = None
     fit: Fit | None = None
     error: str | None = None
+    usable_context: int | None = None
 
     @property
     def answers(self) -> bool:

@@ -104,13 +104,23 @@ def memory(model: Model) -> str:
     return needs if found.ok else f"does not fit: {needs}"
 
 
+def context(model: Model) -> str:
+    """Tokens that a request can have, and of how many where the model was trained on more."""
+    trained, usable = model.context, model.usable_context
+    whole = f"{trained:,}" if trained else ""
+    if not usable or usable == trained:
+        return whole
+    return f"{usable:,} of {whole}" if whole else f"{usable:,}"
+
+
 def model_line(model: Model | None) -> str:
     """What there is to say of a model, in one line."""
     if model is None:
         return paragraph("No model is chosen.")
     parts = [model.quantisation, amount(model.size_bytes), model.state, memory(model), model.error]
-    context = f"{model.context:,} tokens of context" if model.context else None
-    return _paragraph(" · ".join(short(part) for part in [*parts, context] if part))
+    room = context(model)
+    parts.append(f"{room} tokens of context" if room else None)
+    return _paragraph(" · ".join(short(part) for part in parts if part))
 
 
 def models(found: Models) -> str:
@@ -119,8 +129,8 @@ def models(found: Models) -> str:
         kind = "embedding" if one.embedding else one.kind
         state = f"{one.state}: {one.error}" if one.error else one.state
         default = " (default)" if one.id == found.default else ""
-        context = f"{one.context:,}" if one.context else ""
-        cells = [one.quantisation or "", amount(one.size_bytes), kind, context, memory(one), state]
+        cells = [one.quantisation or "", amount(one.size_bytes), kind, context(one)]
+        cells += [memory(one), state]
         rows.append([short(one.id) + default, *map(short, cells)])
     heads = ["Model", "Quantisation", "Size", "Kind", "Context, tokens", "Memory", "State"]
     return table(f"Models ({len(rows)})", heads, rows)
