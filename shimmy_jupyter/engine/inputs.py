@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..errors import ContextLengthExceeded
+from ..errors import ContextLengthExceeded, InvalidValue
 from ..types import EmbeddingInput
 from .deep import MAX_TEXT_BYTES
 
@@ -47,5 +47,15 @@ def check_fits(tokens: int, context: int, param: str, *, answer: int = 0) -> Non
     if over > 0:
         raise ContextLengthExceeded(
             f"the prompt has {tokens} tokens: {over} too many for this model's context of {context}",
+            param=param,
+        )
+
+
+def check_ids(tokens: tuple[int, ...], vocabulary: int, param: str) -> None:
+    """Raises `InvalidValue` for what is no token where there are so many."""
+    wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise InvalidValue(
+            f"{str(wrong)[:20]} is not a token of this model, which has 0 to {vocabulary - 1}",
             param=param,
         )

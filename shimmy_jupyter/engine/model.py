@@ -34,7 +34,7 @@ from ..types import (
 from .backend import Backend, LoadSpec, Sharing
 from .deep import bounded, check_bytes, in_deep_thread, longest
 from .embedder import Embedder
-from .inputs import batches, check_fits, ids_of, size_of, texts_of
+from .inputs import batches, check_fits, check_ids, ids_of, size_of, texts_of
 from .special import any_of
 from .stream import TokenStream
 from .template import ChatTemplate
@@ -384,13 +384,7 @@ class LoadedModel:
         self._check_ids(tuple(token for token, _ in bias), "logit_bias")
 
     def _check_ids(self, tokens: tuple[int, ...], param: str) -> None:
-        size = self.facts.vocabulary
-        wrong = next((token for token in tokens if not 0 <= token < size), None)
-        if wrong is not None:
-            raise InvalidValue(
-                f"{str(wrong)[:20]} is not a token of this model, which has 0 to {size - 1}",
-                param=param,
-            )
+        check_ids(tokens, self.facts.vocabulary, param)
 
     def _compiled(self) -> ChatTemplate:
         if self._template is None:
