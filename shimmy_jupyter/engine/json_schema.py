@@ -20,6 +20,7 @@ from typing import Any, TypeGuard
 from urllib.parse import unquote
 
 from ..errors import InvalidValue, UnsupportedParameter
+from .json_bounds import excludes, put_beyond
 
 MAX_NODES = 2000  # subschemas, and the lists and objects in `const` and `enum`
 MAX_DEPTH = 48  # of a place in the schema, or in one of its definitions
@@ -29,7 +30,6 @@ MAX_PATTERN_KEYS = 16
 MAX_TEXT = 1024  # characters of a pattern, a key or a string
 MAX_COUNT = 100_000
 MAX_NUMBER = 1 << 53  # beyond, llguidance's arithmetic is no longer exact
-LEAST = 1e-9  # llguidance lets 0 pass where it is an excluded bound, and the other below 1
 MAX_STEPS = 500  # of `multipleOf`, as a whole number of its last decimal: states of a machine
 
 APPLICATORS = ("const", "enum", "allOf", "anyOf", "oneOf", "$ref")
@@ -56,8 +56,6 @@ UNSUPPORTED = tuple(
 """Keywords of JSON Schema that cannot be enforced. Any further keyword is refused as unknown."""
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 
-_ZEROS = (("exclusiveMinimum", "minimum", LEAST, max), ("exclusiveMaximum", "maximum", -LEAST, min))
-
 Path = tuple[str | int, ...]
 Schema = dict[str, Any] | bool
 
@@ -80,6 +78,7 @@ class _Translator:
         self._nodes = self._depths = self._deepest = self._pattern_keys = 0
         self._multiples: set[Decimal] = set()
         self._merged: Path | None = None
+        self._excluding: list[tuple[dict[str, Any], Path]] = []
         self._readers: dict[str, Callable[[Any, Path], Any]] = {
             "type": self._type, "required": self._required, "pattern": self._text,
             "multipleOf": self._multiple, "const": self._literal, "enum": self._enum,
@@ -103,6 +102,9 @@ class _Translator:
             # Each merge would compare all patterns anew, and a common multiple can overflow.
             what = "several patternProperties, or several multipleOf, where schemas are merged"
             raise self._unsupported(self._merged, what)
+        for schema, path in self._excluding:
+            if not put_beyond(schema, merged=self._merged is not None):
+                raise self._unsupported(path, "a bound that excludes so large a whole number")
         for choice in self._choices:
             options = [self._resolved(option) for option in choice["oneOf"]]
             if "anyOf" not in choice and _apart(options):
@@ -136,10 +138,8 @@ class _Translator:
             if key in schema and key != "format"
         }
         self._format(schema, found, (*path, "format"))
-        for excluded, bound, least, tighter in _ZEROS:
-            if found.get(excluded) == 0:
-                del found[excluded]
-                found[bound] = tighter(least, found.get(bound, least))
+        if excludes(found):
+            self._excluding.append((found, path))
         self._keys(found, path)
         self._note_merge(found, path)
         if "oneOf" in found:
