@@ -120,6 +120,8 @@ async def check_a_child_that_was_killed(service: CompletionService) -> None:
         await completion.text()
     (model,) = service.pool.loaded()
     backend: Any = model.engine.backend
+    for _ in range(2):  # by the second the engine's thread has nothing left to tell the child
+        await model.engine.errand(lambda: None)
     os.kill(backend.pid, signal.SIGKILL)
     while backend.pid is not None:
         await asyncio.sleep(0.005)
