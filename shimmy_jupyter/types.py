@@ -312,6 +312,8 @@ class ModelFacts:
     row_block: int = 1
     """Beyond the first so many rows of a step, each begun block of as many takes the time of a whole one."""
     kv_bytes_per_token: int = 1
+    state_bytes: int = 0
+    """Of each slot, whatever is in it: recurrent layers have a state."""
     threads: int = 1
     """Threads that may compute, at most."""
     offloaded_layers: int = 0

@@ -368,7 +368,9 @@ class LoadedModel:
 
     @property
     def memory_bytes(self) -> int:
-        return self.facts.size_bytes + self.facts.kv_tokens * self.facts.kv_bytes_per_token
+        facts = self.facts
+        cache = facts.kv_tokens * facts.kv_bytes_per_token + facts.slots * facts.state_bytes
+        return facts.size_bytes + cache
 
     async def close(self) -> None:
         """End its sequences and free the model. What is being tokenized is waited for."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import GgufError
+from ..recurrent import state_bytes
 
 TEMPLATE = "tokenizer.chat_template"
 
@@ -113,6 +114,8 @@ class GgufFacts:
     key_length: int
     value_length: int
     kv_bytes_per_token: int
+    state_bytes: int
+    """Of each sequence, whatever its length."""
     vocabulary: int
     tokenizer: str
     chat_template: str | None
@@ -145,11 +148,13 @@ def validate(path: Path, parts: Sequence[Path] = ()) -> GgufFacts:
 def memory_needed(facts: GgufFacts, context_tokens: int) -> int:
     """Bytes to run the model with so many tokens of KV cache in F16, for all its requests together.
 
-    The weights, the cache, and for what is computed 64 MiB and a batch of 512 rows: in each, 12 vectors
+    The weights, the cache, the state of one sequence where layers are recurrent (the engine has as many as there is
+    memory for), and for what is computed 64 MiB and a batch of 512 rows: in each, 12 vectors
     of the model's width and the vocabulary's logits, in F32. An upper bound where layers see only a window.
     """
     computing = (64 << 20) + 512 * 4 * (12 * facts.embedding_width + facts.vocabulary)
-    return facts.size_bytes + facts.kv_bytes_per_token * context_tokens + computing
+    kept = facts.kv_bytes_per_token * context_tokens + facts.state_bytes
+    return facts.size_bytes + kept + computing
 
 
 def spread(values: tuple[int, ...], width: int) -> tuple[int, ...]:
@@ -192,6 +197,7 @@ def facts_of(
         key_length=key,
         value_length=value,
         kv_bytes_per_token=2 * all_kv * (key + value),
+        state_bytes=state_bytes(lambda key: header.number(f"{arch}.{key}")),
         vocabulary=vocabulary,
         tokenizer=header.text("tokenizer.ggml.model"),
         chat_template=chat,

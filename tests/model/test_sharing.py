@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import mutated_gguf
 import pytest
 import random_gguf
 
@@ -19,6 +20,7 @@ from shimmy_jupyter.engine.llama import LlamaBackend, context
 from shimmy_jupyter.engine.llama.binding import quick
 from shimmy_jupyter.engine.model import LoadedModel
 from shimmy_jupyter.errors import DeadlineExceeded
+from shimmy_jupyter.models.gguf import validate
 from shimmy_jupyter.types import FinishReason, Sampling
 
 from .conftest import GREEDY, ask, loaded, self_test_path
@@ -226,3 +228,22 @@ class TestEndings:
             text, _ = await ask(model, tokens(1, 100), 8, NO_END)
         async with loaded(path, kv_tokens=4096, threads=1) as fresh:
             assert (await ask(fresh, tokens(1, 100), 8, NO_END))[0] == text
+
+
+async def test_states_of_recurrent_layers_are_as_many_as_there_is_memory_for(
+    tmp_path: Path,
+) -> None:
+    base = random_gguf.write(tmp_path / "base.gguf").read_bytes()
+    path = tmp_path / "mamba.gguf"
+    path.write_bytes(mutated_gguf.relative(base, "mamba"))
+    prompt = tokens(1, 40)
+    async with loaded(path) as model:
+        facts = model.facts
+        assert facts.state_bytes == validate(path).state_bytes > 0
+        cache = facts.kv_tokens * facts.kv_bytes_per_token
+        assert model.memory_bytes == facts.size_bytes + cache + facts.slots * facts.state_bytes
+        expected, _ = await ask(model, prompt, 16, NO_END)
+    async with loaded(path, free_bytes=facts.size_bytes + 4 * 5 * facts.state_bytes) as model:
+        assert model.facts.slots == 5 < facts.slots
+        answers = await asyncio.gather(*(ask(model, prompt, 16, NO_END) for _ in range(12)))
+        assert {text for text, _ in answers} == {expected}

@@ -175,6 +175,8 @@ class TestValid:
         agrees(path, facts)
         assert facts.kind == "model"
         assert facts.kv_bytes_per_token == (0 if name == "mamba" else random_gguf.TINY.kv_bytes)
+        state = 4 * random_gguf.TINY.layers * (3 * 128 + 16 * 128)
+        assert facts.state_bytes == (state if name == "mamba" else 0)
 
     def test_an_encoder(self, tmp_path: Path) -> None:
         path = bert(tmp_path / "bert.gguf")

@@ -15,11 +15,12 @@ from shimmy_jupyter import errors
 from shimmy_jupyter.types import Failure
 
 PACKAGE = Path(shimmy_jupyter.__file__).parent
-LOW = {"types", "errors", "cgroups"}
+LOW = {"types", "errors", "cgroups", "recurrent"}
 MAY_NEED: dict[str, set[str]] = {
     "types": set(),
     "errors": {"types"},
     "cgroups": set(),
+    "recurrent": set(),
     "core": LOW,
     "models": LOW | {"offloop"},
     "engine": LOW | {"core", "offloop"},

@@ -378,6 +378,7 @@ FACTS = GgufFacts(
     key_length=128,
     value_length=128,
     kv_bytes_per_token=2 * 28 * 8 * 256,
+    state_bytes=0,
     vocabulary=128_256,
     tokenizer="gpt2",
     chat_template=None,
@@ -442,6 +443,9 @@ class TestNeeds:
     def test_the_cache(self, context_size: int, kv_tokens: int, cells: int) -> None:
         one = fits(context_size=context_size, kv_tokens=kv_tokens)
         assert one.needed == BASE + cells * PER_TOKEN
+
+    def test_a_state(self) -> None:
+        assert fits(replace(FACTS, state_bytes=1000)).needed == fits().needed + 1000
 
     @pytest.mark.parametrize(
         ("kv_type", "bytes_"), [("f16", 2), ("q8_0", Fraction(34, 32)), ("q4_0", Fraction(18, 32))]

@@ -146,6 +146,7 @@ class LlamaBackend:
             can_read_aside=shape.moves,
             row_block=1 if offloaded else amx.row_block(native.llama_print_system_info()),
             kv_bytes_per_token=cell,
+            state_bytes=facts.state_bytes_of(model),
         )
 
     def _load_embedding(self, layers: int) -> ModelFacts:
@@ -205,8 +206,8 @@ class LlamaBackend:
 
         What is not set follows the model: its trained context up to 8,192; a whole context for each
         slot where all of them are small, for then the others' cells cannot change an answer; else
-        a pool of 16,384 for all, or as much as takes a quarter of the memory that is free. A pool
-        has slots to spare for prefixes that are kept.
+        a pool of 16,384 for all, or as much as takes a quarter of the memory that is free. A pool has slots
+        to spare for prefixes that are kept; recurrent layers' states take a quarter of what is left at most.
         """
         trained = quick.llama_model_n_ctx_train(self._model)
         context = spec.context_size or min(trained, _DEFAULT_CONTEXT)
@@ -222,7 +223,9 @@ class LlamaBackend:
                 f"ShimmyEngine.kv_tokens {pool} needs "
                 f"{pool * per_token / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             )
-        slots = min(_MOST_SLOTS, spec.running)
+        left = max(0, free - quick.llama_model_size(self._model)) // _KV_MEMORY_SHARE
+        most = max(1, min(_MOST_SLOTS, left // max(1, facts.state_bytes_of(self._model))))
+        slots = min(most, spec.running)
         whole = math.ceil(context / 256) * 256
         if not pool and slots * whole * per_token <= _OWN_CACHES_BYTES:
             own = ContextSpec(
@@ -233,7 +236,7 @@ class LlamaBackend:
             affordable = free // _KV_MEMORY_SHARE // per_token
             pool = max(context, min(_DEFAULT_KV_TOKENS, affordable))
         pool = math.ceil(pool / 256) * 256
-        slots = min(_MOST_SLOTS, 2 * slots)
+        slots = min(most, 2 * slots)
         shape = ContextSpec(pool, slots, spec.batch_tokens, self._threads, kv=kv)
         return min(context, pool), shape
 

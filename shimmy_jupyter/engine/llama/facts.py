@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ...recurrent import state_bytes
 from ...types import Markers
 from .binding import native, quick
 
@@ -52,6 +53,18 @@ KV_TYPES = {
     "q8_0": KvType(native.GGML_TYPE_Q8_0, 8.5),
     "q4_0": KvType(native.GGML_TYPE_Q4_0, 4.5),
 }
+
+
+def state_bytes_of(model: Any) -> int:
+    """Of each sequence, whatever its length."""
+    found = metadata(model)
+    arch = found.get("general.architecture", "")
+
+    def number(key: str) -> int:
+        text = found.get(f"{arch}.{key}", "")
+        return int(text) if text.isdecimal() else 0
+
+    return state_bytes(number)
 
 
 def kv_bytes_per_token(model: Any, kind: KvType) -> int:
