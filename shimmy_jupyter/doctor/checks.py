@@ -31,7 +31,7 @@ def checks(look: Machine) -> list[Check]:
         *folders.roots(look, settings),
         folders.state(look),
         folders.disk(look, settings),
-        folders.memory(look),
+        folders.memory(look, settings),
         *servers.running(look),
         servers.configured(config),
         builds.isolation(look, build, settings),

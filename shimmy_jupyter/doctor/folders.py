@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from ..config import Settings
+from ..models.memory import default_reserve
 from ..models.suggest import fitting, suggestions
 from .look import Level, Machine
 from .verdict import Check, gigabytes
@@ -150,14 +151,18 @@ def disk(look: Machine, settings: Settings | None) -> Check:
     return Check(name, "fail" if free < _DISK_FAIL else "warn", detail, action)
 
 
-def memory(look: Machine) -> Check:
+def memory(look: Machine, settings: Settings | None) -> Check:
     name, available = "memory", look.memory()
-    detail = f"{gigabytes(available)} are available"
-    fits = fitting(available, "chat")
+    reserve = settings.memory_reserve if settings is not None else None
+    kept = default_reserve(look.total()) if reserve is None else reserve
+    detail = (
+        f"{gigabytes(available)} are available, of which {gigabytes(kept)} are kept for kernels"
+    )
+    fits = fitting(max(0, available - kept), "chat")
     if fits:
         return Check(name, "ok", f"{detail}; {fits[0].id} is the largest suggestion that fits")
     least = min(suggestions("chat"), key=lambda one: one.memory_bytes)
-    action = f"free {gigabytes(least.memory_bytes)}, or use the bundled model only"
+    action = f"free {gigabytes(least.memory_bytes + kept)}, or use the bundled model only"
     return Check(name, "warn", f"{detail}, which is too little for {least.id}", action)
 
 

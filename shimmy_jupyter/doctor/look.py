@@ -23,7 +23,7 @@ from traitlets.config import Config
 
 from .. import config
 from ..engine.isolated import child_environment
-from ..models.memory import available_memory
+from ..models.memory import available_memory, total_memory
 
 _PACKAGE = Path(__file__).parent.parent
 _CHILD = (
@@ -78,7 +78,7 @@ class Machine:
     count; `ours` is the file that `import shimmy` should find, `alias` the one that it does.
     Functions are asked once: the build; the version of a distribution, None where there is none;
     the configuration and what it means; whether a path can be used so; free bytes of a folder's disk
-    and of memory; a process, None where it has ended.
+    and of memory, of which there are `total`; a process, None where it has ended.
     """
 
     root: Path
@@ -97,6 +97,7 @@ class Machine:
     access: Callable[[Path, int], bool]
     disk: Callable[[Path], int]
     memory: Callable[[], int]
+    total: Callable[[], int]
     process: Callable[[int], Process | None]
 
     @property
@@ -117,14 +118,20 @@ def this_machine() -> Machine:
         alias=_alias(),
         levels=_levels(),
         configuration=config.load_config,
-        settings=config.settings,
+        settings=_settings,
         data=Path(paths.jupyter_data_dir()),
         runtime=Path(paths.jupyter_runtime_dir()),
         access=os.access,
         disk=lambda folder: shutil.disk_usage(folder).free,
         memory=available_memory,
+        total=total_memory,
         process=_process,
     )
+
+
+def _settings(found: Config) -> config.Settings:
+    """As a server has them: what the administrator has set holds."""
+    return config.settings(found, system=config.load_system_config())
 
 
 def ask_engine(command: Sequence[str] = _CHILD, seconds: float = _SECONDS) -> Build:

@@ -94,6 +94,7 @@ def machine(tmp_path: Path) -> Callable[..., Machine]:
             "access": lambda path, mode: True,
             "disk": lambda folder: 100 * GB,
             "memory": lambda: 16 * GB,
+            "total": lambda: 20 * GB,
             "process": lambda pid: Process(("python", "jupyter-lab"), (("127.0.0.1", 8888),)),
         }
         return Machine(**usual | given)
@@ -702,10 +703,21 @@ class TestRoom:
 
     def test_memory(self, machine: Callable[..., Machine]) -> None:
         least = min(one.memory_bytes for one in suggestions("chat"))
-        found = named(checks(machine(memory=lambda: least)), "memory")
-        assert (found.status, "qwen3-0.6b is the largest" in found.detail) == ("ok", True)
-        found = named(checks(machine(memory=lambda: least - 1)), "memory")
-        assert (found.status, "too little for qwen3-0.6b" in found.detail) == ("warn", True)
+        for settings, kept in (
+            (Settings(), 2 * GB),
+            (Settings(memory_reserve=1000), 1000),
+        ):
+            given: dict[str, Any] = {"settings": lambda _, s=settings: s}
+            found = named(checks(machine(memory=lambda: least + kept, **given)), "memory")  # noqa: B023
+            assert (found.status, "qwen3-0.6b is the largest" in found.detail) == ("ok", True)
+            found = named(checks(machine(memory=lambda: least + kept - 1, **given)), "memory")  # noqa: B023
+            assert (found.status, "too little for qwen3-0.6b" in found.detail) == ("warn", True)
+
+    def test_what_the_administrator_has_set_holds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        system = Config({"ShimmyApp": {"offline": True}, "ShimmyEngine": {"isolation": "process"}})
+        monkeypatch.setattr("shimmy_jupyter.config.load_system_config", lambda: system)
+        found = this_machine().settings(Config({"ShimmyApp": {"offline": False}}))
+        assert (found.offline, found.isolation) == (True, "process")
 
 
 class TestServers:
