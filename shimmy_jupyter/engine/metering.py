@@ -19,6 +19,9 @@ from jinja2.utils import Namespace
 
 MAX_STEPS = 400_000
 """Budget of one render: one a step, and more by the size of what is touched."""
+_EACH = 800
+_MOST_STEPS = 3 * MAX_STEPS
+"""With so much more for each message: templates that look back from each one are quadratic, about three seconds."""
 MAX_SIZE = 2 * 1024 * 1024
 """Characters of a text that a template may see or make."""
 MAX_BITS = 64
@@ -49,6 +52,11 @@ class QuietNamespace(Namespace):
 
 
 spent: ContextVar[list[int]] = ContextVar("spent")
+"""What has been spent, and the most."""
+
+
+def budget_for(messages: int) -> list[int]:
+    return [0, min(MAX_STEPS + _EACH * messages, _MOST_STEPS)]
 
 
 def charged(value: Any) -> Any:
@@ -63,8 +71,8 @@ def charged(value: Any) -> Any:
         budget[0] += len(value) // 4
     elif isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise Runaway("it computes too large a number")
-    if budget[0] > MAX_STEPS:
-        raise Runaway("it does far more work than its messages need")
+    if budget[0] > budget[1]:
+        raise Runaway("it does more work than a chat may need: one with fewer messages may do")
     return value
 
 

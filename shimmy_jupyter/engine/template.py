@@ -33,6 +33,7 @@ from .metering import (
     QuietNamespace,
     Runaway,
     as_key,
+    budget_for,
     charged,
     charged_deep,
     check_format,
@@ -308,7 +309,7 @@ class ChatTemplate:
             for m in messages
         ]
         now = dt.datetime.now().astimezone()
-        token = spent.set([0])
+        token = spent.set(budget_for(len(messages)))
         try:
             plain = _all_plain(variables)
             given = {

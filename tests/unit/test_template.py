@@ -227,6 +227,22 @@ SOME = (
 LONG = "a sentence that stands in no template "
 
 
+def test_a_long_chat_may_be_looked_back_upon() -> None:
+    """Some templates do, from each message: up to a point."""
+    source = (
+        "{% for m in messages %}{% for before in messages[:loop.index0] %}{% endfor %}"
+        "{{ m.content }}{% endfor %}"
+    )
+
+    def chat(count: int) -> tuple[Message, ...]:
+        return tuple(Message("user", str(i)) for i in range(count))
+
+    assert ChatTemplate(source, {}).render(chat(1000)) == "".join(map(str, range(1000)))
+    with pytest.raises(InvalidValue, match="fewer messages may do") as caught:
+        ChatTemplate(source, {}).render(chat(3000))
+    assert caught.value.param == "messages"
+
+
 class TestVariables:
     def test_they_reach_the_template(self) -> None:
         source = FOLDED + "{{ enable_thinking }}{{ thinking_budget }}{{ documents[0].text }}"
