@@ -71,7 +71,8 @@ def request(session: Session, settings: Settings, options: Options, prompt: str)
     system = _system(settings, options)
     before = [{"role": "system", "content": system}] if system else []
     if model != BUNDLED:
-        for one in session.conversation.before(session.origin.cell, settings.max_history):
+        cell, run = session.origin.cell, session.origin.run
+        for one in session.conversation.before(cell, run, settings.max_history):
             before += one.messages()
     messages, more = _with_context(session, options, found.body, before, text)
     body = {**found.body, "messages": messages}

@@ -135,7 +135,8 @@ class ShimmyMagics(Magics):
         for line in asked.lines:
             print(f"shimmy: {clean(line)}")
         found = self._asked(asked)
-        self.session.conversation.add(Exchange(asked.prompt, found.text, self.session.origin.cell))
+        cell, run = self.session.origin.cell, self.session.origin.run
+        self.session.conversation.add(Exchange(asked.prompt, found.text, cell, run))
         return self._given(asked, found)
 
     def _asked(self, asked: Asked) -> Completion:

@@ -29,6 +29,7 @@ from shimmy_jupyter.errors import (
 )
 from shimmy_jupyter.notebook.extension import unload
 from shimmy_jupyter.notebook.magics import ShimmyMagics
+from shimmy_jupyter.notebook.origin import Origin
 
 from ..notebooks import magics, run, shell
 
@@ -161,6 +162,21 @@ class TestHistory:
     def test_the_last_two(self, ip: Any, server: Talking) -> None:
         server.answers = ["1", "2", "3"]
         ask(ip, "%shimmy a", "%shimmy b", "%shimmy c", "%shimmy d")
+        assert self.said(server) == ["b", "2", "c", "3", "d"]
+
+    def test_lines_of_one_cell_and_the_cell_again(
+        self, ip: Any, server: Talking, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cell = "%shimmy a\nfor one in 'bc':\n    %shimmy {one}"
+        monkeypatch.setattr(Origin, "cell", "the cell")
+        for number in ("first", "second"):
+            monkeypatch.setattr(Origin, "run", number, raising=False)
+            server.answers, server.bodies[:] = ["1", "2", "3"], []
+            ask(ip, cell)
+            sent = [[one["content"] for one in body["messages"]] for body in server.bodies]
+            assert sent == [["a"], ["a", "1", "b"], ["a", "1", "b", "2", "c"]]
+        monkeypatch.setattr(Origin, "cell", "another")
+        ask(ip, "%shimmy d")
         assert self.said(server) == ["b", "2", "c", "3", "d"]
 
     def test_as_many_as_wanted(self, ip: Any, server: Talking) -> None:
