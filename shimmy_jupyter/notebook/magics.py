@@ -12,7 +12,7 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 from traitlets import Bool, Float, Int, Unicode
 
 from ..errors import ContextLengthExceeded, InvalidValue, ShimmyError
-from . import accounts, completer, managing, mending, talking
+from . import accounts, completer, managing, mending, questions, talking
 from .arguments import Options, parse_cell
 from .asked import Asked, request
 from .board import Board
@@ -30,39 +30,6 @@ from .view import Shown, View
 
 _ASSIGNED = re.compile(r"=\s*(?:%shimmy|get_ipython\(\))")
 _CHAT = "shimmy/v1/chat/completions"
-
-
-Transformer = Callable[[list[str]], list[str]]
-"""An input transformer of IPython's: takes and returns a cell's lines."""
-
-
-def _questions(magic: str) -> Transformer:
-    """IPython reads `%shimmy What does len do?` as a wish for help on `do`. This keeps it from that, and
-    leaves other cells' magics and texts alone.
-    """
-    asked = re.compile(rf"^(\s*(?:\w+\s*=\s*)?)%{magic}\s+(\S.*\?)\s*$")
-
-    def transform(lines: list[str]) -> list[str]:
-        if not lines or lines[0].startswith("%%"):
-            return lines
-        changed = []
-        inside = ""
-        for line in lines:
-            match = None if inside else asked.match(line)
-            if match:
-                changed.append(f"{match[1]}get_ipython().run_line_magic({magic!r}, {match[2]!r})\n")
-                continue
-            changed.append(line)
-            for quotes in re.findall(r'"""|\'\'\'', line):
-                inside = "" if inside == quotes else inside or quotes
-        return changed
-
-    return transform
-
-
-questions_are_not_help = _questions("shimmy")
-nor_are_those_of_compat = _questions("ai")
-"""While `%ai` is ours."""
 
 
 @magics_class
@@ -269,9 +236,7 @@ class ShimmyMagics(Magics):
         self.session.borrowed.update(theirs)
         for kind in ("line", "cell"):
             magics.register_function(self._bound(), kind, "ai")
-        transformers = self.session.shell.input_transformers_cleanup
-        if nor_are_those_of_compat not in transformers:
-            transformers.append(nor_are_those_of_compat)
+        questions.install(self.session.shell, questions.nor_are_those_of_compat)
         completer.install(
             self.session.shell,
             completer.Remembered(self.session.names_at_hand),
