@@ -9,7 +9,10 @@ limits; records and their export; fix that offers and never runs; compare; compa
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import json
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -312,6 +315,24 @@ class TestVariables:
     def test_by_assignment_and_by_number(self, ip: Any, server: Talking) -> None:
         ask(ip, "x = %shimmy hi")
         assert str(ip.user_ns["x"]) == "an answer"
+
+    @pytest.mark.parametrize(
+        "copied",
+        [
+            copy.copy,
+            copy.deepcopy,
+            dataclasses.replace,
+            lambda one: pickle.loads(pickle.dumps(one)),
+        ],
+    )
+    def test_a_copy_is_shown(self, ip: Any, server: Talking, capsys: Any, copied: Any) -> None:
+        ask(ip, "x = %shimmy hi")
+        answer = ip.user_ns["x"]
+        again = copied(answer)
+        capsys.readouterr()
+        again._ipython_display_()
+        assert "an answer" in capsys.readouterr().out
+        assert (again, str(again)) == (answer, "an answer")
 
     def test_json(self, ip: Any, server: Talking) -> None:
         server.text = '{"a": [1]}'
