@@ -153,7 +153,7 @@ class ShimmyMagics(Magics):
         name = asked.options.output
         if name is not None:
             plain = asked.shape is None and asked.format in ("markdown", "text")
-            self.session.assign(name, found if plain else found.value)
+            self.session.assign(name, found if plain else found.value, found)
         if asked.options.logprobs is not None:
             shown = found.likely()._repr_mimebundle_()
             self.board().show(shown["text/plain"], shown["text/html"])
@@ -300,11 +300,24 @@ class ShimmyMagics(Magics):
         board.say(*outcome.lines(), *altered)
 
     def _held(self, which: str) -> Kept | None:
-        """The answer that a variable holds, by whichever way it came there."""
-        found: object = self.session.remembered.namespace().get(which)
-        if not isinstance(found, Completion) or found.provenance is None:
+        """The answer that a variable holds, by whichever way it came there. None where there is no such
+        variable, as after a restart. The record of an answer that was there before would vouch for
+        what it has not made.
+        """
+        variables = self.session.remembered.namespace()
+        if which not in variables:
             return None
-        return Kept(from_json(dict(found.provenance)), found.text)
+        found = variables[which]
+        value, answer = self.session.given.get(which, (None, None))
+        if answer is not None and value is found:
+            found = answer
+        if isinstance(found, Completion) and found.provenance is not None:
+            return Kept(from_json(dict(found.provenance)), found.text)
+        raise InvalidValue(
+            f"what {which[:64]} is now has no record of what made it; name a variable that an answer is in, "
+            "or the number of the cell that asked",
+            param="variable",
+        )
 
     def _lock(self, given: Mapping[str, Any], board: Board) -> None:
         model = self.session.meant(given["model"] or self.model) or self.session.default_model()
