@@ -61,6 +61,7 @@ def request(session: Session, settings: Settings, options: Options, prompt: str)
     """Raises `InvalidValue` for what cannot be asked so, what a project's names do, and
     `ContextLengthExceeded`, with what could be left out, where `--context` is more than fits.
     """
+    _assignable(session, options.output)
     text, lines = _interpolated(session, settings, options, prompt)
     if not text.strip():
         raise InvalidValue("there is no prompt: `%shimmy PROMPT`, or write it below `%%shimmy`")
@@ -71,11 +72,22 @@ def request(session: Session, settings: Settings, options: Options, prompt: str)
     system = _system(settings, options)
     before = [{"role": "system", "content": system}] if system else []
     if model != BUNDLED:
-        for one in session.conversation.before(session.origin.cell, settings.max_history):
+        cell, run = session.origin.cell, session.origin.run
+        for one in session.conversation.before(cell, run, settings.max_history):
             before += one.messages()
     messages, more = _with_context(session, options, found.body, before, text)
     body = {**found.body, "messages": messages}
     return Asked(body, text, options, shape, (*lines, *more), found.note, found.warnings)
+
+
+def _assignable(session: Session, name: str | None) -> None:
+    """Raises `InvalidValue` where the kernel's next cells could not do without what has the name."""
+    hidden: Any = session.shell.user_ns_hidden
+    if name is not None and name in hidden:
+        raise InvalidValue(
+            f"{name!r} was there before the first cell, and cells may need it; take another name, such as 'answer'",
+            param="--output",
+        )
 
 
 def _addressed(

@@ -14,11 +14,14 @@ _MOST_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """`cell` is the id of the cell that asked, where the front end says it."""
+    """`cell` is the id of the cell that asked, and `run` that of its execution, where the front end says
+    them.
+    """
 
     prompt: str
     answer: str
     cell: str | None = None
+    run: str | None = None
 
     @property
     def size(self) -> int:
@@ -32,8 +35,9 @@ class Exchange:
 
 
 class Conversation:
-    """Of one kernel. A cell that is run again answers from what came before it, and not from its own
-    earlier answer, which its new one replaces.
+    """Of one kernel. A cell that is run again answers from what came before it, and not from the answers of
+    its earlier run, which its new ones replace where they stood. Questions of one run, as in a loop, go on
+    from one another.
     """
 
     def __init__(self) -> None:
@@ -46,23 +50,20 @@ class Conversation:
         """The oldest first."""
         return iter(tuple(self._exchanges))
 
-    def before(self, cell: str | None, count: int) -> list[Exchange]:
-        """The last `count` exchanges that a prompt of this cell goes on from, the oldest first."""
-        found = list(self._exchanges)
-        place = self._place(cell)
-        if place is not None:
-            found = found[:place]
+    def before(self, cell: str | None, run: str | None, count: int) -> list[Exchange]:
+        """The last `count` exchanges that a prompt of this run of the cell goes on from, the oldest first."""
+        found = list(self._exchanges)[: self._place(cell, run)]
         return found[-count:] if count > 0 else []
 
     def add(self, exchange: Exchange) -> None:
-        """An empty answer leaves nothing to go on from."""
+        """An empty answer leaves nothing to go on from, and nothing to replace another by."""
         if not exchange.answer:
             return
-        place = self._place(exchange.cell)
-        if place is None:
-            self._exchanges.append(exchange)
-        else:
-            self._exchanges[place] = exchange
+        cell, run = exchange.cell, exchange.run
+        place = self._place(cell, run)
+        said = list(self._exchanges)
+        kept = [one for one in said[place:] if cell is None or one.cell != cell]
+        self._exchanges = deque([*said[:place], exchange, *kept])
         while len(self._exchanges) > _MOST or (
             len(self._exchanges) > 1 and sum(e.size for e in self._exchanges) > _MOST_CHARACTERS
         ):
@@ -74,7 +75,9 @@ class Conversation:
         self._exchanges.clear()
         return count
 
-    def _place(self, cell: str | None) -> int | None:
-        if cell is None:
-            return None
-        return next((i for i, one in enumerate(self._exchanges) if one.cell == cell), None)
+    def _place(self, cell: str | None, run: str | None) -> int:
+        """Where the next of this run belongs: behind its last, else where the earlier run began, else last."""
+        said = list(enumerate(self._exchanges)) if cell is not None else []
+        own = [at for at, one in said if one.cell == cell]
+        same = [at for at, one in said if (one.cell, one.run) == (cell, run)]
+        return same[-1] + 1 if same else own[0] if own else len(self._exchanges)

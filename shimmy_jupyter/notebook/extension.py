@@ -9,10 +9,10 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets import TraitError
 from traitlets.config.loader import DeferredConfig
 
-from . import completer
+from . import completer, questions
 from .client import Connection, Server, Transport
 from .display import clean
-from .magics import ShimmyMagics, nor_are_those_of_compat, questions_are_not_help
+from .magics import ShimmyMagics
 from .origin import Origin
 from .remembered import Remembered
 from .session import Session, Tools
@@ -34,7 +34,7 @@ def load(
     connection = Connection(find, local, origin.headers)
     made = Session(shell, connection, origin, Remembered(shell), tools or Tools())
     shell.register_magics(ShimmyMagics(made, origin.check))
-    shell.input_transformers_cleanup.append(questions_are_not_help)
+    questions.install(shell, questions.questions_are_not_help)
     completer.install(shell, completer.Remembered(made.names_at_hand), made.variables)
     return made
 
@@ -71,7 +71,5 @@ def unload(shell: InteractiveShell) -> None:
             if kind in ours.session.borrowed:
                 table["ai"] = ours.session.borrowed[kind]
     shell.magics_manager.registry.pop(ShimmyMagics.__name__, None)
-    for ours in (questions_are_not_help, nor_are_those_of_compat):
-        while ours in shell.input_transformers_cleanup:
-            shell.input_transformers_cleanup.remove(ours)
+    questions.uninstall(shell)
     completer.uninstall(shell)

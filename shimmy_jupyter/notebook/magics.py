@@ -12,7 +12,7 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 from traitlets import Bool, Float, Int, Unicode
 
 from ..errors import ContextLengthExceeded, InvalidValue, ShimmyError
-from . import accounts, completer, managing, mending, talking
+from . import accounts, completer, managing, mending, questions, talking
 from .arguments import Options, parse_cell
 from .asked import Asked, request
 from .board import Board
@@ -30,39 +30,6 @@ from .view import Shown, View
 
 _ASSIGNED = re.compile(r"=\s*(?:%shimmy|get_ipython\(\))")
 _CHAT = "shimmy/v1/chat/completions"
-
-
-Transformer = Callable[[list[str]], list[str]]
-"""An input transformer of IPython's: takes and returns a cell's lines."""
-
-
-def _questions(magic: str) -> Transformer:
-    """IPython reads `%shimmy What does len do?` as a wish for help on `do`. This keeps it from that, and
-    leaves other cells' magics and texts alone.
-    """
-    asked = re.compile(rf"^(\s*(?:\w+\s*=\s*)?)%{magic}\s+(\S.*\?)\s*$")
-
-    def transform(lines: list[str]) -> list[str]:
-        if not lines or lines[0].startswith("%%"):
-            return lines
-        changed = []
-        inside = ""
-        for line in lines:
-            match = None if inside else asked.match(line)
-            if match:
-                changed.append(f"{match[1]}get_ipython().run_line_magic({magic!r}, {match[2]!r})\n")
-                continue
-            changed.append(line)
-            for quotes in re.findall(r'"""|\'\'\'', line):
-                inside = "" if inside == quotes else inside or quotes
-        return changed
-
-    return transform
-
-
-questions_are_not_help = _questions("shimmy")
-nor_are_those_of_compat = _questions("ai")
-"""While `%ai` is ours."""
 
 
 @magics_class
@@ -135,7 +102,8 @@ class ShimmyMagics(Magics):
         for line in asked.lines:
             print(f"shimmy: {clean(line)}")
         found = self._asked(asked)
-        self.session.conversation.add(Exchange(asked.prompt, found.text, self.session.origin.cell))
+        cell, run = self.session.origin.cell, self.session.origin.run
+        self.session.conversation.add(Exchange(asked.prompt, found.text, cell, run))
         return self._given(asked, found)
 
     def _asked(self, asked: Asked) -> Completion:
@@ -185,7 +153,7 @@ class ShimmyMagics(Magics):
         name = asked.options.output
         if name is not None:
             plain = asked.shape is None and asked.format in ("markdown", "text")
-            self.session.assign(name, found if plain else found.value)
+            self.session.assign(name, found if plain else found.value, found)
         if asked.options.logprobs is not None:
             shown = found.likely()._repr_mimebundle_()
             self.board().show(shown["text/plain"], shown["text/html"])
@@ -268,9 +236,7 @@ class ShimmyMagics(Magics):
         self.session.borrowed.update(theirs)
         for kind in ("line", "cell"):
             magics.register_function(self._bound(), kind, "ai")
-        transformers = self.session.shell.input_transformers_cleanup
-        if nor_are_those_of_compat not in transformers:
-            transformers.append(nor_are_those_of_compat)
+        questions.install(self.session.shell, questions.nor_are_those_of_compat)
         completer.install(
             self.session.shell,
             completer.Remembered(self.session.names_at_hand),
@@ -334,11 +300,24 @@ class ShimmyMagics(Magics):
         board.say(*outcome.lines(), *altered)
 
     def _held(self, which: str) -> Kept | None:
-        """The answer that a variable holds, by whichever way it came there."""
-        found: object = self.session.remembered.namespace().get(which)
-        if not isinstance(found, Completion) or found.provenance is None:
+        """The answer that a variable holds, by whichever way it came there. None where there is no such
+        variable, as after a restart. The record of an answer that was there before would vouch for
+        what it has not made.
+        """
+        variables = self.session.remembered.namespace()
+        if which not in variables:
             return None
-        return Kept(from_json(dict(found.provenance)), found.text)
+        found = variables[which]
+        value, answer = self.session.given.get(which, (None, None))
+        if answer is not None and value is found:
+            found = answer
+        if isinstance(found, Completion) and found.provenance is not None:
+            return Kept(from_json(dict(found.provenance)), found.text)
+        raise InvalidValue(
+            f"what {which[:64]} is now has no record of what made it; name a variable that an answer is in, "
+            "or the number of the cell that asked",
+            param="variable",
+        )
 
     def _lock(self, given: Mapping[str, Any], board: Board) -> None:
         model = self.session.meant(given["model"] or self.model) or self.session.default_model()

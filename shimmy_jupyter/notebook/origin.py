@@ -37,12 +37,22 @@ class Origin:
     @property
     def cell(self) -> str | None:
         """What the front end calls the cell that runs, if it says."""
-        kernel = getattr(self._shell, "kernel", None)
-        if kernel is None:
-            return None
-        parent: Mapping[str, Any] = kernel.get_parent("shell") or {}
-        cell = parent.get("metadata", {}).get("cellId")
+        cell = self._parent().get("metadata", {}).get("cellId")
         return cell if isinstance(cell, str) else None
+
+    @property
+    def run(self) -> str | None:
+        """What tells this execution of a cell from its others. Its number does not: `%reset` begins at 1
+        again.
+        """
+        run = self._parent().get("header", {}).get("msg_id")
+        return run if isinstance(run, str) else None
+
+    def _parent(self) -> Mapping[str, Any]:
+        """The message that the kernel is at."""
+        kernel = getattr(self._shell, "kernel", None)
+        found: Mapping[str, Any] = {} if kernel is None else kernel.get_parent("shell") or {}
+        return found
 
     def check(self) -> None:
         """Raises `AccessDenied` where the saved notebook's metadata say `{"shimmy": {"enabled": false}}`.

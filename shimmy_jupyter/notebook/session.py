@@ -16,6 +16,7 @@ from .conversation import Conversation
 from .origin import Origin
 from .remembered import Remembered
 from .replay import Answers
+from .result import Completion
 from .saved import names_of
 
 _POLL = 0.2
@@ -74,6 +75,8 @@ class Session:
     conversation: Conversation = field(default_factory=Conversation)
     aliases: dict[str, str] = field(default_factory=dict)
     answers: Answers = field(default_factory=Answers)
+    given: dict[str, tuple[object, Completion]] = field(default_factory=dict)
+    """What went into a variable, and the answer that it is of: by the value it is seen whether it is there yet."""
     borrowed: dict[str, Any] = field(default_factory=dict)
     """Another extension's `%ai`, by kind, which it gets back."""
 
@@ -130,9 +133,10 @@ class Session:
         saved = [] if path is None else names_of(path)
         return [*self.variables(), *self.answers.names(), *saved]
 
-    def assign(self, name: str, value: object) -> None:
+    def assign(self, name: str, value: object, answer: Completion) -> None:
         """To a variable of the user's."""
         self.shell.push({name: value})  # type: ignore[no-untyped-call]
+        self.given[name] = value, answer
 
     def close(self) -> None:
         """Closing twice is fine."""

@@ -19,7 +19,9 @@ from .result import Completion, Stream
 
 
 class Shown(Completion):
-    """An answer that the cell has shown already: it is not shown again for being the cell's last value."""
+    """An answer that the cell has shown already: it is not shown again for being the cell's last value. A
+    copy of it, or what a pickle gives back, has not been shown.
+    """
 
     @classmethod
     def of(cls, found: Completion, shell: InteractiveShell) -> Self:
@@ -28,8 +30,8 @@ class Shown(Completion):
         return made
 
     def _ipython_display_(self) -> None:
-        own = self.__dict__
-        if own["_shell"].execution_count != own["_count"]:
+        shell, count = self.__dict__.get("_shell"), self.__dict__.get("_count")
+        if shell is None or shell.execution_count != count:
             data, metadata = self._repr_mimebundle_()
             display(data, metadata=metadata, raw=True)  # type: ignore[no-untyped-call]
 

@@ -3,16 +3,21 @@
 Cases: braces in and out, and what was not put in; what was said before, a cell of its own, none for the
 bundled model, reset; context with what can be left out; options against settings, each honoured; `-m` known
 and unknown; formats and schemas into variables; a dry run that asks nothing; aliases; use; commands' tables;
+variables that must stay; replay of what is in a variable, is no longer, never was;
 limits; records and their export; fix that offers and never runs; compare; compat; errors raise and say so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import json
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pydantic
@@ -29,8 +34,11 @@ from shimmy_jupyter.errors import (
 )
 from shimmy_jupyter.notebook.extension import unload
 from shimmy_jupyter.notebook.magics import ShimmyMagics
+from shimmy_jupyter.notebook.origin import Origin
+from shimmy_jupyter.notebook.result import Completion
 
 from ..notebooks import magics, run, shell
+from .test_provenance import LAST
 
 ROW = {"id": "small", "state": "loaded", "kind": "model", "context": 1000, "usable_context": 100, "size_bytes": 5,
        "quantization": "Q4", "fit": None, "error": None}  # fmt: skip
@@ -44,6 +52,7 @@ class Talking:
         self.bodies: list[dict[str, Any]] = []
         self.posted: list[tuple[str, dict[str, Any]]] = []
         self.error: ShimmyError | None = None
+        self.last: dict[str, Any] = {}
 
     def get(self, path: str) -> dict[str, Any]:
         place = path.partition("?")[0].removeprefix("shimmy/api/")
@@ -93,7 +102,7 @@ class Talking:
             {"choices": [{"delta": {"content": text}, "finish_reason": None}]},
             {"choices": [{"delta": {}, "finish_reason": "stop"}]},
             {"choices": [], "model": body["model"], "usage": usage,
-             "shimmy": {"request_id": "r", "receipt": None, "tokens_per_second": 5.0}},
+             "shimmy": {"request_id": "r", "receipt": None, "tokens_per_second": 5.0}, **self.last},
         ]  # fmt: skip
         data = [b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks]
         yield iter([*data, b"data: [DONE]\n\n"])
@@ -161,6 +170,21 @@ class TestHistory:
     def test_the_last_two(self, ip: Any, server: Talking) -> None:
         server.answers = ["1", "2", "3"]
         ask(ip, "%shimmy a", "%shimmy b", "%shimmy c", "%shimmy d")
+        assert self.said(server) == ["b", "2", "c", "3", "d"]
+
+    def test_lines_of_one_cell_and_the_cell_again(
+        self, ip: Any, server: Talking, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cell = "%shimmy a\nfor one in 'bc':\n    %shimmy {one}"
+        monkeypatch.setattr(Origin, "cell", "the cell")
+        for number in ("first", "second"):
+            monkeypatch.setattr(Origin, "run", number, raising=False)
+            server.answers, server.bodies[:] = ["1", "2", "3"], []
+            ask(ip, cell)
+            sent = [[one["content"] for one in body["messages"]] for body in server.bodies]
+            assert sent == [["a"], ["a", "1", "b"], ["a", "1", "b", "2", "c"]]
+        monkeypatch.setattr(Origin, "cell", "another")
+        ask(ip, "%shimmy d")
         assert self.said(server) == ["b", "2", "c", "3", "d"]
 
     def test_as_many_as_wanted(self, ip: Any, server: Talking) -> None:
@@ -297,6 +321,36 @@ class TestVariables:
         ask(ip, "x = %shimmy hi")
         assert str(ip.user_ns["x"]) == "an answer"
 
+    @pytest.mark.parametrize(
+        "copied",
+        [
+            copy.copy,
+            copy.deepcopy,
+            dataclasses.replace,
+            lambda one: pickle.loads(pickle.dumps(one)),
+        ],
+    )
+    def test_a_copy_is_shown(self, ip: Any, server: Talking, capsys: Any, copied: Any) -> None:
+        ask(ip, "x = %shimmy hi")
+        answer = ip.user_ns["x"]
+        again = copied(answer)
+        capsys.readouterr()
+        again._ipython_display_()
+        assert "an answer" in capsys.readouterr().out
+        assert (again, str(again)) == (answer, "an answer")
+
+    @pytest.mark.parametrize(
+        "name", ["get_ipython", "_oh", "_ih", "_dh", "In", "Out", "exit", "quit"]
+    )
+    def test_ipython_s_own_stay(self, ip: Any, server: Talking, name: str) -> None:
+        before = ip.user_ns[name]
+        with pytest.raises(InvalidValue, match=r"before the first cell.*another name") as caught:
+            ask(ip, "ran = []", f"%shimmy -o {name} hi {{ran.append(1)}}")
+        assert caught.value.param == "--output"
+        assert not server.bodies
+        assert not ip.user_ns["ran"]  # nor was anything in braces run for it
+        assert ip.user_ns[name] is before
+
     def test_json(self, ip: Any, server: Talking) -> None:
         server.text = '{"a": [1]}'
         ask(ip, "%shimmy -f json -o x hi")
@@ -368,6 +422,54 @@ def test_a_dry_run_reckons_as_the_server_does(
     ask(ip, f"%shimmy --dry-run {line} hi")
     out = capsys.readouterr().out
     assert re.search(f"^answer: .*{re.escape(said)}$", out, re.MULTILINE), out
+
+
+class TestReplay:
+    """Of the answer that is in a variable; what a replay itself says, `test_replay.py` has."""
+
+    @pytest.fixture
+    def asked(self, server: Talking, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+        """The texts that are compared."""
+        server.last = LAST
+        found: list[str | None] = []
+
+        def replayed(_transport: Any, _made: Any, text: str | None) -> Any:
+            found.append(text)
+            return SimpleNamespace(lines=list)
+
+        monkeypatch.setattr("shimmy_jupyter.notebook.magics.replay", replayed)
+        return found
+
+    def test_what_the_option_put_there(self, ip: Any, server: Talking, asked: list[str]) -> None:
+        server.answers = ["first", "[2]", "third"]
+        ask(ip, "%shimmy -o x a", "%shimmy -f json -o y b", "z = %shimmy c", "w = y; y.append(3)")
+        ask(ip, "%shimmy replay x", "%shimmy replay y", "%shimmy replay z", "%shimmy replay")
+        assert asked == ["first", "[2]", "third", "third"]
+
+    @pytest.mark.parametrize("value", ["5", "None", "[1]", "Completion('other')"])
+    def test_another_value_has_no_record(
+        self, ip: Any, server: Talking, asked: list[str], value: str
+    ) -> None:
+        ip.user_ns["Completion"] = Completion
+        ask(ip, "%shimmy -o x a", f"x = {value}")
+        with pytest.raises(InvalidValue, match=r"what x is now has no record") as caught:
+            ask(ip, "%shimmy replay x")
+        assert caught.value.param == "variable"
+        assert not asked
+
+    def test_the_last_value_that_fitted(self, ip: Any, server: Talking, asked: list[str]) -> None:
+        ip.user_ns["Person"] = Person
+        server.answers = ['{"name": "Ada", "born": 1815}', '{"name": "Ada", "born": "?"}']
+        cell = "%%shimmy -o x --schema Person\nAda"
+        ask(ip, cell)
+        with pytest.raises(AnswerInvalid):
+            ask(ip, cell)
+        ask(ip, "%shimmy replay x")
+        assert asked == ['{"name": "Ada", "born": 1815}']
+
+    def test_by_name_where_it_is_gone(self, ip: Any, server: Talking, asked: list[str]) -> None:
+        ask(ip, "%shimmy -o x a", "del x", "%shimmy replay x")
+        assert asked == ["an answer"]
 
 
 class TestNames:

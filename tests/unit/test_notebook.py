@@ -1,6 +1,7 @@
 """The kernel's side without a kernel: finding the server, reading a stream.
 
-Cases: questions that IPython would take for help;
+Cases: questions that IPython would take for help: as a statement, a value, behind another magic, of any text,
+in strings, comments and commands;
 a named server, the parent's record, somebody else's, a damaged one, one that listens everywhere;
 events cut anywhere; an error in a stream; a stream that just ends; proxies; tokens in texts.
 """
@@ -8,6 +9,7 @@ events cut anywhere; an error in a stream; a stream that just ends; proxies; tok
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from IPython.core.inputtransformer2 import TransformerManager
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.testing.globalipapp import start_ipython
 
@@ -30,42 +33,74 @@ from shimmy_jupyter.notebook.client import (
     find_server,
 )
 from shimmy_jupyter.notebook.extension import load, unload
-from shimmy_jupyter.notebook.magics import (
-    ShimmyMagics,
-    nor_are_those_of_compat,
-    questions_are_not_help,
-)
+from shimmy_jupyter.notebook.magics import ShimmyMagics
+from shimmy_jupyter.notebook.questions import nor_are_those_of_compat, questions_are_not_help
+
+CALL = "get_ipython().run_line_magic('shimmy', 'What does len do?')"
 
 
 class TestQuestions:
-    @pytest.mark.parametrize("line", ["%shimmy What does len do?\n", "%shimmy  a?  \n"])
-    def test_become_calls(self, line: str) -> None:
-        first = ['x = """ \'\'\' """\n', "if x:\n"]
-        *_, indented = questions_are_not_help([*first, "    " + line])
-        assert indented.startswith("    get_ipython()")
-        (assigned,) = questions_are_not_help(["a = " + line])
-        assert assigned.startswith("a = get_ipython()")
-        (new,) = questions_are_not_help([line])
-        calls: list[tuple[str, str]] = []
-        shell = type("Shell", (), {"run_line_magic": lambda _, *args: calls.append(args)})()
-        exec(new, {"get_ipython": lambda: shell})
-        assert calls == [("shimmy", line.removeprefix("%shimmy").strip())]
+    @pytest.fixture
+    def read(self) -> Callable[[str], str]:
+        manager = TransformerManager()  # type: ignore[no-untyped-call]
+        manager.token_transformers.append(questions_are_not_help)
+        return manager.transform_cell
 
     @pytest.mark.parametrize(
-        "lines",
+        "place",
         [
-            ["%shimmy?\n"],
-            ["%shimmy??\n"],
-            ["%shimmy What is this\n"],
-            ["len?\n"],
-            ["x = 1\n"],
-            ['x = """\n', "%shimmy what?\n", '"""\n'],
-            ["%%shimmy\n", "%shimmy what?\n"],
-            [],
+            "{}", "  {}  ", "a = {}", "d['a'] = {}", "d[x == (1, 2)]['='] = {}", "a, b = {}", "a, *b = {}",
+            "x: object = {}", "a.b = {}", "a = b = {}", "if x: {}", "if x: a = {}", "x = 1; {}",
+            "def f(x):\n    return {}", "if x:\n    {}\nelse:\n    a = {}", "x = [\n{}\n]",
+            '# say """\n{}', "x = '\"\"\"'\n{}", "x = 'it is'  # it's\n{}", 'x = """\n\'\'\'"""\n{}',
         ],
+    )  # fmt: skip
+    def test_become_calls(self, read: Callable[[str], str], place: str) -> None:
+        found = read(place.replace("{}", "%shimmy What does len do?"))
+        assert [line.rstrip() for line in found.splitlines()] == [
+            line.rstrip() for line in place.replace("{}", CALL).strip().splitlines()
+        ]
+
+    @pytest.mark.parametrize(
+        "line", ["time {}", "timeit -n 1 {}", "time x = {}", "prun -q d['a'] = {}"]
     )
-    def test_all_else_stays(self, lines: list[str]) -> None:
-        assert questions_are_not_help(lines) == lines
+    def test_behind_another_magic(self, read: Callable[[str], str], line: str) -> None:
+        name, _, rest = line.replace("{}", "%shimmy What does len do?").partition(" ")
+        assert read(f"%{name} {rest}") == f"get_ipython().run_line_magic({name!r}, {rest!r})\n"
+        assert read(f"x = %{name} {rest}").startswith(f"x = get_ipython().run_line_magic({name!r}")
+
+    @pytest.mark.parametrize(
+        "text", ['a """ b?', "don't do?", "list (a", "a [ b {c?", "a \\\n b?", "0x1g 1__2 $é?"]
+    )
+    def test_whatever_they_say(self, read: Callable[[str], str], text: str) -> None:
+        found = read(f"%shimmy {text}\nx = %shimmy {text}\n%shimmy What does len do?\nx = 1")
+        first, second, *rest = found.splitlines()
+        assert second == f"x = {first}"
+        assert first.startswith("get_ipython().run_line_magic('shimmy', ")
+        assert rest == [CALL, "x = 1"]
+
+    @pytest.mark.parametrize(
+        "cell",
+        [
+            "%shimmy?", "%shimmy??", "x = %shimmy?", "%time %shimmy?", "%shimmy What is this", "len?",
+            "x = 1", 'x = """\n%shimmy what?\n"""', 'x = """\n%shimmy what?', "x = '%shimmy what?'",
+            "# %shimmy what?", "%%shimmy\n%shimmy what?", "%%time\n%shimmy what?", "!echo %shimmy what?",
+            "x = !echo = %shimmy what?", "x = 5 %shimmy\ny = (x\n%shimmy )", "%shimmy", "%shimmyx what?",
+            "%ai what?", "",
+        ],
+    )  # fmt: skip
+    def test_all_else_stays(self, read: Callable[[str], str], cell: str) -> None:
+        assert read(cell) == TransformerManager().transform_cell(cell)  # type: ignore[no-untyped-call]
+
+    def test_those_of_compat_too(self) -> None:
+        manager = TransformerManager()  # type: ignore[no-untyped-call]
+        manager.token_transformers.append(nor_are_those_of_compat)
+        found = manager.transform_cell("d['a'] = %ai b?\n%time %ai b?\n%shimmy b?")
+        assert found.splitlines() == [
+            "d['a'] = get_ipython().run_line_magic('ai', 'b?')",
+            "get_ipython().run_line_magic('time', '%ai b?')",
+            "get_ipython().run_line_magic('pinfo', 'b')",
+        ]
 
 
 class TestFindingTheServer:
@@ -279,19 +314,20 @@ class TestMagics:
         shell.run_cell("%ai What does len do?")
         assert transport.bodies[0]["messages"][-1]["content"] == "What does len do?"
         unload(shell)
-        assert not [t for t in shell.input_transformers_cleanup if t is nor_are_those_of_compat]
+        assert nor_are_those_of_compat not in shell.input_transformer_manager.token_transformers
 
     def test_loading_again_leaves_one(self, shell: InteractiveShell) -> None:
         for _ in range(3):
             self.load(shell, Scripted("x"))
         ours = [c for c in shell.configurables if isinstance(c, ShimmyMagics)]
         assert len(ours) == 1
-        assert shell.input_transformers_cleanup.count(questions_are_not_help) == 1
+        transformers = shell.input_transformer_manager.token_transformers
+        assert transformers.count(questions_are_not_help) == 1
         unload(shell)
         assert not [c for c in shell.configurables if isinstance(c, ShimmyMagics)]
         assert "shimmy" not in shell.magics_manager.magics["line"]
         assert "shimmy" not in shell.magics_manager.magics["cell"]
-        assert questions_are_not_help not in shell.input_transformers_cleanup
+        assert questions_are_not_help not in transformers
 
 
 def test_health_that_is_down_is_an_answer() -> None:

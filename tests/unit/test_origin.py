@@ -1,6 +1,6 @@
 """Which notebook a request comes from, and notebooks that switch the assistant off.
 
-Cases: what is sent, and that it can be a header; no session, no kernel; a notebook that says no, yes,
+Cases: the cell that runs, and which run of it; what is sent, and that it can be a header; no session, no kernel; a notebook that says no, yes,
 nothing, something else; one that is no notebook, damaged, gone.
 """
 
@@ -18,7 +18,7 @@ from shimmy_jupyter.notebook.origin import Origin
 
 
 def shell(cell: Any) -> Any:
-    parent = {"metadata": {"cellId": cell}}
+    parent = {"metadata": {"cellId": cell}, "header": {"msg_id": cell}}
     return SimpleNamespace(kernel=SimpleNamespace(get_parent=lambda _: parent))
 
 
@@ -34,6 +34,14 @@ def test_what_is_not_known_is_not_sent() -> None:
     assert Origin(None, None).headers() == {}
     assert Origin(shell(7), None).headers() == {}
     assert Origin(SimpleNamespace(), None).headers() == {}  # type: ignore[arg-type]
+
+
+def test_a_cell_and_its_run() -> None:
+    for one, said in (("a1-b2", "a1-b2"), (7, None)):
+        assert (Origin(shell(one), None).cell, Origin(shell(one), None).run) == (said, said)
+    nothing = SimpleNamespace(kernel=SimpleNamespace(get_parent=lambda _: None))
+    for found in (Origin(None, None), Origin(nothing, None)):  # type: ignore[arg-type]
+        assert (found.cell, found.run) == (None, None)
 
 
 def notebook(path: Path, metadata: object) -> str:
