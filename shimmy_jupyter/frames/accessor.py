@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import GenerationFailed, InvalidValue
 from . import rows
 from .cache import Reply
-from .columns import JSON, TEXT, VECTOR, Kind, Layout, label_columns, layout_of, one_column, plain
+from .columns import (
+    JSON,
+    TEXT,
+    VECTOR,
+    Kind,
+    Layout,
+    holdable,
+    label_columns,
+    layout_of,
+    one_column,
+)
 from .fill import Options, Task, connected, fill
 from .rows import Failed, Kept, Outcome, Prompts, Table
 from .run import RowFailed
@@ -223,8 +233,8 @@ def _values(layout: Layout, validate: Callable[[str], Any] | None, reply: Reply)
                 f"the answer was cut off after {reply.tokens} tokens: allow more by max_tokens",
             )
         )
-    found, written = plain(validate(reply.text)), plain(json.loads(reply.text))
-    # What has been read counts; names that it has otherwise are found as they were written.
+    found, written = holdable(validate(reply.text)), json.loads(reply.text)
+    # What has been read counts; what an instance does not keep is as it was written.
     both = isinstance(found, dict) and isinstance(written, dict)
     return layout.values({**written, **found} if both else found)
 

@@ -44,8 +44,8 @@ class Wiring:
     `KeyboardInterrupt` it cancels it and waits for its end. `resolve` says which model is meant, for "chat",
     "embed" or "classify"; `identity` what answers depend on by it or an adapter, such as its SHA-256, "" where
     that is not known. `structure` makes of a
-    type a JSON schema, and what reads an answer's text as that type, or raises `ValueError` or
-    `ShimmyError`. `folder` is the cache's; None: there is none.
+    type a JSON schema, and what reads an answer's text as that type and gives it as JSON by the schema's
+    names, or raises `ValueError` or `ShimmyError`. `folder` is the cache's; None: there is none.
     """
 
     run: Callable[[Coroutine[Any, Any, None]], None]

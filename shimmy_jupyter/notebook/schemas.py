@@ -18,21 +18,28 @@ from typing import Any, Unpack
 from ..errors import AnswerCutOff, AnswerInvalid, InvalidValue
 from .asking import Asker, ExtractParameters
 from .result import Completion
+from .written import Writer
 
 _TASK = "Extract what the text below says."
 _UNKNOWN = re.compile(r"Unable to generate pydantic-core schema for (.*?)\. Set ")
 _UNNAMED = re.compile(r"[^A-Za-z0-9_-]+")
 
 
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What answers are to be: a JSON schema to hold them to, and how a value is made of their text.
-    `parse` raises pydantic's `ValidationError`, or `ValueError`.
+    `parse` raises pydantic's `ValidationError`, or `ValueError`. `plain` gives such a value as JSON again, by
+    the schema's names.
     """
 
     name: str
     schema: Mapping[str, Any]
     parse: Callable[[str], Any]
+    plain: Callable[[Any], Any] = _as_it_is
 
     @property
     def response_format(self) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def shape_of(kind: Any) -> Shape:
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
         raise InvalidValue(_no_schema(error), param="kind") from error
     name = getattr(kind, "__name__", "") if isinstance(kind, type) else ""
-    return Shape(_named(name), schema, adapter.validate_json)
+    return Shape(_named(name), schema, adapter.validate_json, Writer(adapter.core_schema))
 
 
 def _no_schema(error: Exception) -> str:

@@ -15,13 +15,13 @@ from dataclasses import replace
 from decimal import Decimal
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-from pydantic import BaseModel, field_validator
+from pydantic import AfterValidator, BaseModel, Field, field_serializer, field_validator
 
 from shimmy_jupyter import frames
 from shimmy_jupyter.errors import (
@@ -122,7 +122,8 @@ class Service:
     def structure(self, kind):
         if isinstance(kind, dict):
             return kind, json.loads
-        return kind.model_json_schema(), kind.model_validate_json
+        shape = shape_of(kind)
+        return shape.schema, lambda text: shape.plain(shape.parse(text))
 
 
 @pytest.fixture
@@ -335,6 +336,25 @@ class Priced(BaseModel):
     price: Decimal
 
 
+class Booked(BaseModel):
+    amount: int = Field(validation_alias="betrag")
+    tax: int = Field(serialization_alias="amount", exclude=True)
+
+    @field_validator("amount")
+    @classmethod
+    def _cents(cls, amount: int) -> int:
+        return amount * 100
+
+    @field_serializer("amount")
+    def _euros(self, amount: int) -> str:
+        return f"{amount} EUR"
+
+
+class Account(BaseModel):
+    booked: Booked
+    all: list[Booked]
+
+
 class TestSchemas:
     def said(self, service) -> None:
         answers = {
@@ -390,11 +410,59 @@ class TestSchemas:
         mapped(make({"k": ["a", "b"]}), "Who? {k}", schema=Person)
         formats = [body["response_format"] for body in service.bodies]
         assert formats[0] == formats[1]
-        assert formats[0]["json_schema"]["schema"] == Person.model_json_schema()
+        assert formats[0]["json_schema"]["schema"] == shape_of(Person).schema
         one, two = service.asked
         assert one.removesuffix("a") == two.removesuffix("b")
         assert one.startswith("Answer with JSON that fits this schema:\n{")
         assert "\n\nWho? " in one
+
+    def test_values_have_the_names_and_types_of_the_schema(self, service, make) -> None:
+        service.say = lambda text: '{"betrag": 3, "tax": 1}'
+        found = mapped(make({"k": ["a"]}), "{k}", schema=Booked)
+        assert list(found.columns) == ["k", "betrag", "tax", "answer_error"]
+        assert [column(found, name)[0] for name in found.columns] == ["a", 300, 1, None]
+
+    def test_so_they_have_within_others(self, service, make) -> None:
+        booked = {"betrag": 3, "tax": 1}
+        service.say = lambda text: json.dumps({"booked": booked, "all": [booked] * 2})
+        found = mapped(make({"k": ["a"]}), "{k}", schema=Account)
+        assert column(found, "answer_error") == [None]
+        assert column(found, "booked") == [{"betrag": 300, "tax": 1}]
+        assert list(found["all"][0]) == [{"betrag": 300, "tax": 1}] * 2
+
+    @pytest.mark.parametrize("said", ['{"a": 1}', '{"a": 1, "in": {}}'])
+    def test_what_a_schema_requires_is_no_null(self, service, make, said: str) -> None:
+        inner = {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}
+        schema = {
+            "type": "object",
+            "properties": {
+                "a": {"type": "integer"},
+                "in": {**inner, "additionalProperties": False},
+            },
+            "required": ["a", "in"],
+        }
+        service.say = lambda text: said
+        found = mapped(make({"k": ["x"]}), "{k}", schema=schema)
+        assert column(found, "a") == [None]
+        missing = "b" if "in" in json.loads(said) else "in"
+        assert column(found, "answer_error") == [
+            f"generation_failed: there is no {missing!r}, which the schema requires"
+        ]
+
+    def test_what_is_not_required_is(self, service, make) -> None:
+        part = {"type": "object", "properties": {"b": {"type": "integer"}}}
+        schema = {**part, "properties": {"a": {"type": "integer"}, "in": part}}
+        service.say = lambda text: '{"in": {}}'
+        found = mapped(make({"k": ["x"]}), "{k}", schema=schema, into={"a": "n"})
+        assert (column(found, "n"), column(found, "answer_error")) == ([None], [None])
+
+    def test_a_type_that_ends_as_another_is_its_rows_own(self, service, make) -> None:
+        service.say = lambda text: '{"betrag": 3, "tax": 1}'
+        kind = Annotated[Booked, AfterValidator(lambda booked: booked.amount)]
+        found = mapped(make({"k": ["x"]}), "{k}", schema=kind)
+        assert column(found, "answer_error") == [
+            "generation_failed: int where the schema has fields"
+        ]
 
     def test_wanted_fields_alone(self, service, make) -> None:
         self.said(service)
@@ -413,8 +481,6 @@ class TestSchemas:
         ) == [1, 2]
 
     def test_decimal_numbers_are_numbers(self, service, make) -> None:
-        service.structure = lambda kind: (shape_of(kind).schema, shape_of(kind).parse)
-        service.wiring = replace(service.wiring, structure=service.structure)
         service.say = lambda text: '{"price": 1.5}'
         found = mapped(make({"k": ["a"]}), "{k}", schema=Priced)
         assert (column(found, "price"), column(found, "answer_error")) == ([1.5], [None])
@@ -425,7 +491,7 @@ class TestSchemas:
     def test_what_a_type_refuses_is_said_with_its_field(self, service, make) -> None:
         def structure(kind):
             shape = shape_of(kind)
-            return shape.schema, shape.value
+            return shape.schema, lambda text: shape.plain(shape.value(text))
 
         service.wiring = replace(service.wiring, structure=structure)
         service.say = lambda text: person("nobody")
