@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,7 @@ def _followed(schema: object, root: Mapping[str, Any]) -> Mapping[str, Any] | No
 
 def fit(value: Any, kind: Kind) -> Any:
     """The value as its column holds it. Raises `ValueError` or `OverflowError`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = _is_number(value)
     fitted: Any = _NOTHING
     match kind.name:
         case "text" | "boolean":
@@ -116,6 +117,8 @@ def fit(value: Any, kind: Kind) -> Any:
         case "record" if isinstance(value, dict):
             _check_whole(value, kind.required)
             fitted = {name: fit(value.get(name), part) for name, part in kind.parts}
+        case "vector" if isinstance(value, list) and all(map(_is_number, value)):
+            fitted = array("f", value)
     if value is None or kind == JSON:
         return value
     if fitted is _NOTHING:
@@ -123,6 +126,10 @@ def fit(value: Any, kind: Kind) -> Any:
     if kind.name == "integer" and not -_WHOLE <= fitted < _WHOLE:
         raise OverflowError("a whole number does not fit into 64 bits")
     return fitted
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _required(schema: Mapping[str, Any]) -> frozenset[str]:

@@ -34,7 +34,7 @@ from shimmy_jupyter.errors import (
     RateLimitExceeded,
     RequestError,
 )
-from shimmy_jupyter.frames import fill, progress
+from shimmy_jupyter.frames import fill, opened, progress
 from shimmy_jupyter.frames.accessor import FrameAccessor
 from shimmy_jupyter.frames.cache import NAME, CacheWarning
 from shimmy_jupyter.frames.fill import Interrupted, Wiring
@@ -717,6 +717,88 @@ class TestGoingOn:
         done = mapped(frame, "{a}", into="a")
         with pytest.raises(InvalidValue, match="was replaced"):
             mapped(frame, "{a}", into="a", resume=done)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "said"),
+        [
+            ("tags", "['t']", "row 1, column 'tags': str where the schema has list"),
+            ("age", "x", "row 1, column 'age': str where the schema has integer"),
+            ("name", 3, "row 1, column 'name': int where the schema has text"),
+            ("address", {"street": "S"}, "row 1, column 'address': there is no 'number'"),
+        ],
+    )
+    def test_values_that_do_not_fit_are_refused_before_anything_is_asked(
+        self, service, name: str, value, said: str
+    ) -> None:
+        service.say = lambda text: person(text[-1])
+        frame = pd.DataFrame({"a": ["x", "y", "z"]})
+        done = mapped(frame, "{a}", schema=Person)
+        done[name] = [done[name][0], value, done[name][2]]
+        done["answer_error"] = ["asked again", None, None]
+        service.bodies.clear()
+        with pytest.raises(InvalidValue, match=said) as caught:
+            mapped(frame, "{a}", schema=Person, resume=done, cache=False)
+        assert caught.value.param == "resume"
+        assert service.bodies == []
+
+    def test_those_of_a_row_that_is_asked_again_need_not_fit(self, service, make) -> None:
+        schema = {"type": "integer"}
+        service.say = lambda text: "3"
+        done = make({"a": ["x"], "answer": ["text"], "answer_error": ["no"]})
+        found = mapped(make({"a": ["x"]}), "{a}", schema=schema, resume=done)
+        assert column(found, "answer") == [3]
+
+    def test_a_file_without_types_is_refused(self, service, make) -> None:
+        frame = make({"a": ["x", "yy"]})
+        vectors = make(
+            {"a": ["x", "yy"], "embedding": ["[1, 0.5]"] * 2, "embedding_error": [None] * 2}
+        )
+        with pytest.raises(InvalidValue, match="row 0, column 'embedding': str where") as caught:
+            frame.shimmy.embed("a", progress=False, resume=vectors, cache=False)
+        assert (caught.value.param, service.embedded) == ("resume", [])
+
+    def test_vectors_of_another_width_are_refused(self, service, make) -> None:
+        done = make(
+            {"a": ["x", "y"], "embedding": [[1.0, 2.0, 3.0]] * 2, "embedding_error": [None, "no"]}
+        )
+        frame = make({"a": ["x", "y"]})
+        found = frame.shimmy.embed("a", progress=False, resume=done, cache=False)
+        assert column(found, "embedding_error") == [
+            None, "generation_failed: a vector of 2 numbers, where others have 3",
+        ]  # fmt: skip
+        widths = make(
+            {"a": ["x", "y"], "embedding": [[1.0], [1.0, 2.0]], "embedding_error": [None] * 2}
+        )
+        with pytest.raises(InvalidValue, match="row 1: a vector of 2 numbers, where others have 1"):
+            frame.shimmy.embed("a", progress=False, resume=widths, cache=False)
+
+    def test_a_file_with_types_is_gone_on_with(self, service) -> None:
+        service.say = lambda text: person(text[-1])
+        frame = pd.DataFrame({"a": ["x", "y"]})
+        done = mapped(frame, "{a}", schema=Person)
+        # As Arrow gives lists back.
+        done["tags"] = [np.array(tags, dtype=object) for tags in done["tags"]]
+        again = mapped(frame, "{a}", schema=Person, resume=done, cache=False)
+        assert len(service.bodies) == 2
+        assert again["tags"].tolist() == [["t"], ["t"]]
+
+    def test_answers_are_kept_where_a_column_cannot_hold_them(
+        self, service, make, monkeypatch
+    ) -> None:
+        name = "_pandas_series" if make is pd.DataFrame else "_series"
+        made = getattr(opened, name)
+
+        def strict(*given):
+            if any(getattr(one, "name", "") == "integer" for one in given):
+                raise TypeError("no such column")
+            return made(*given)
+
+        monkeypatch.setattr(opened, name, strict)
+        service.say = lambda text: "3"
+        with pytest.raises(TypeError, match="no such column") as caught:
+            mapped(make({"a": ["x"]}), "{a}", schema={"type": "integer"})
+        assert frames.last() is caught.value.partial
+        assert str(frames.last()["answer"][0]) == "3"
 
     def test_what_is_no_frame_is_refused(self, service, make) -> None:
         with pytest.raises(InvalidValue) as caught:
