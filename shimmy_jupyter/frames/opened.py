@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidValue
+from ..notebook.values import python_value
 from . import rows
 from .columns import JSON, TEXT, VECTOR, Kind, Layout, fit
 from .rows import Kept, Outcome, Prompts, Table
@@ -42,7 +43,7 @@ class Opened:
         """Row by row, without a copy of the columns."""
         each = [iter(self._frame.get_column(name)) for name in columns]
         for _ in range(len(self)):
-            yield tuple(_python(next(one)) for one in each)
+            yield tuple(python_value(next(one)) for one in each)
 
     def outcomes(
         self, prompts: Prompts, layout: Layout, resume: Any
@@ -129,17 +130,9 @@ class Opened:
         return self._frame.with_columns(*series).to_native()
 
 
-def _python(value: Any) -> Any:
-    """Lists of polars and arrays of NumPy as lists."""
-    for convert in ("to_list", "tolist"):
-        if hasattr(value, convert):
-            return getattr(value, convert)()
-    return value
-
-
 def _deep(value: Any) -> Any:
     """What files give back has arrays within arrays."""
-    value = _python(value)
+    value = python_value(value)
     if isinstance(value, dict):
         return {name: _deep(one) for name, one in value.items()}
     return [_deep(one) for one in value] if isinstance(value, list) else value

@@ -81,6 +81,7 @@ def shape_of(kind: Any) -> Shape:
     written with repetitions, which disappear. Raises `InvalidValue`, naming `kind`.
     """
     if isinstance(kind, Mapping):
+        _check_json(kind)
         title = kind.get("title")
         return Shape(_named(title if isinstance(title, str) else ""), kind, json.loads)
     from pydantic import PydanticUserError, TypeAdapter
@@ -93,6 +94,13 @@ def shape_of(kind: Any) -> Shape:
         raise InvalidValue(_no_schema(error), param="kind") from error
     name = getattr(kind, "__name__", "") if isinstance(kind, type) else ""
     return Shape(_named(name), schema, adapter.validate_json, Writer(adapter.core_schema))
+
+
+def _check_json(schema: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidValue(f"this is no JSON schema: {error}", param="kind") from None
 
 
 def _no_schema(error: Exception) -> str:

@@ -243,6 +243,13 @@ class TestMap:
         assert caught.value.param == param
         assert service.bodies == []
 
+    def test_numbers_of_numpy_are_asked_with_as_those_of_python(self, service, make) -> None:
+        frame = make({"a": ["x"]})
+        mapped(frame, "{a}", seed=np.int64(3), stop=np.array(["."]))
+        mapped(frame, "{a}", seed=3, stop=["."])
+        (body,) = service.bodies
+        assert (body["seed"], body["stop"], type(body["seed"])) == (3, ["."], int)
+
     def test_what_is_no_answer_is_an_error(self, service, make) -> None:
         async def ask(body):
             return {"choices": []}

@@ -172,7 +172,16 @@ class TestSchemas:
 
     @pytest.mark.parametrize(
         "kind",
-        [3, pytest, "Unheard", asker, functools.partial(print), Fakes, Person(name="A", age=1)],
+        [
+            3,
+            pytest,
+            "Unheard",
+            asker,
+            functools.partial(print),
+            Fakes,
+            Person(name="A", age=1),
+            {"enum": {1}},
+        ],
     )
     def test_what_has_none(self, kind: Any) -> None:
         with pytest.raises(InvalidValue) as caught:
