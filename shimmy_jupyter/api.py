@@ -262,7 +262,7 @@ def classify(
     A label's score is the sum of its tokens' log-probabilities as the answer, less the same for an
     empty text. `prompt` is the question, in place of our own; the text follows it. Nothing is sampled.
 
-    Raises `InvalidValue` for labels that are empty or there twice, and others as `chat`.
+    Raises `InvalidValue` for labels that are empty or there twice and what is no text, and others as `chat`.
     """
     return _run(lambda asker: _classified(asker, text, labels, prompt, model))
 

@@ -346,6 +346,12 @@ def _messages(prompt: Messages, system: str | None) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}, *messages]
 
 
+def check_text(text: object) -> None:
+    """A cell without a value would be asked about by its name, as "None" or "nan". Raises `InvalidValue`."""
+    if not isinstance(text, str):
+        raise InvalidValue(f"a text, not {type(text).__name__}", param="text")
+
+
 def texts_of(texts: str | Iterable[str]) -> list[str]:
     """Raises `InvalidValue`, naming the one that has no vector."""
     if not isinstance(texts, Iterable):

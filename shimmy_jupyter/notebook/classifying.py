@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import InvalidValue
-from .asking import Asker
+from .asking import Asker, check_text
 from .values import python_value
 
 A = TypeVar("A")
@@ -107,6 +107,7 @@ class Classifier:
 
     async def classify(self, text: str) -> Classification:
         """Raises `InvalidValue`, or what the service refuses it with."""
+        check_text(text)
         async with self._first:
             if self._neutral is None:
                 self._base = await self._asker.prepared({"model": self._model})

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 from ..errors import AnswerCutOff, AnswerInvalid, InvalidValue
-from .asking import Asker, ExtractParameters
+from .asking import Asker, ExtractParameters, check_text
 from .result import Completion
 from .written import Writer
 
@@ -126,8 +126,10 @@ async def ask(
 
     The model is told the schema, too: what holds an answer to it only keeps the model from saying
     anything else. The text comes last, so that requests which differ in it share the rest. Raises
-    what the service refuses the schema with, before anything is decoded.
+    what the service refuses the schema with, before anything is decoded, and `InvalidValue` for what is
+    no text.
     """
+    check_text(text)
     if parameters.get("temperature") is None:
         parameters["temperature"] = 0
     asked = (

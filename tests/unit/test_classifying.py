@@ -253,6 +253,13 @@ class TestAsking:
             await asyncio.wait_for(classifier(model, "a", "b", "c").classify("t"), 5)
         assert model.cancelled == 2
 
+    @pytest.mark.parametrize("text", [None, math.nan, 5, ["a"]])
+    async def test_what_is_no_text(self, text: Any) -> None:
+        model = Model()
+        with pytest.raises(InvalidValue, match=f"not {type(text).__name__}") as caught:
+            await classifier(model, "a", "b").classify(text)
+        assert (caught.value.param, model.asked) == ("text", [])
+
     async def test_after_a_failure_the_empty_text_is_asked_about_again(self) -> None:
         model = Model(refuse="b")
         one = classifier(model, "a", "b")
