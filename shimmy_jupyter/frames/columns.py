@@ -83,6 +83,17 @@ def _merged(kinds: list[Kind]) -> Kind:
     return NUMBER if different == {NUMBER, _SCALARS["integer"]} else JSON
 
 
+def _may_be_text(schema: object, root: Mapping[str, Any], depth: int = 0) -> bool:
+    found = _followed(schema, root)
+    if found is None or depth > _DEEPEST:
+        return True
+    if "type" in found:
+        return "string" in found["type"]
+    if branches := found.get("anyOf") or found.get("oneOf"):
+        return any(_may_be_text(one, root, depth + 1) for one in branches)
+    return True
+
+
 def _is_null_only(schema: object) -> bool:
     return isinstance(schema, dict) and schema.get("type") == "null"
 
@@ -152,7 +163,8 @@ def _is_decimal(value: object) -> bool:
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Which columns an answer becomes. `fields` are its properties; empty where it is one value, and then
-    there is one column. `required` are those that an answer has.
+    there is one column. `required` are those that an answer has. `never_text` are columns of JSON that
+    has no text at its root.
     """
 
     names: tuple[str, ...]
@@ -160,6 +172,7 @@ class Layout:
     error: str
     fields: tuple[str, ...] = ()
     required: frozenset[str] = frozenset()
+    never_text: frozenset[str] = frozenset()
 
     def values(self, answer: Any) -> tuple[Any, ...]:
         """Raises `ValueError` where the answer does not fit."""
@@ -193,7 +206,9 @@ def layout_of(
         if isinstance(into, Mapping):
             raise InvalidValue("the answer has no fields: name its one column", param="into")
         kind = TEXT if schema is None else kind_of(root, root)
-        return _checked(Layout((default if into is None else into,), (kind,), error))
+        name = default if into is None else into
+        never = frozenset() if schema is None or _may_be_text(root, root) else frozenset([name])
+        return _checked(Layout((name,), (kind,), error, never_text=never))
     if isinstance(into, Mapping):
         if unknown := [name for name in into if name not in properties]:
             there = ", ".join(properties)
@@ -205,7 +220,8 @@ def layout_of(
         columns = {name: f"{into}_{name}" if into is not None else name for name in properties}
     kinds = tuple(kind_of(properties[name], root) for name in columns)
     required = _required(top) & columns.keys()
-    return _checked(Layout(tuple(columns.values()), kinds, error, tuple(columns), required))
+    never = frozenset(columns[name] for name in columns if not _may_be_text(properties[name], root))
+    return _checked(Layout(tuple(columns.values()), kinds, error, tuple(columns), required, never))
 
 
 def one_column(into: str, kind: Kind) -> Layout:

@@ -36,6 +36,10 @@ class Opened:
         """Of its vectors, once there is one."""
         self.columns: tuple[Any, ...] = tuple(self._frame.columns)
 
+    @property
+    def _is_pandas(self) -> bool:
+        return bool(self._frame.implementation.is_pandas())
+
     def __len__(self) -> int:
         return len(self._frame)
 
@@ -81,7 +85,7 @@ class Opened:
             found = []
             for name, value, kind in zip(layout.names, had, layout.kinds, strict=True):
                 try:
-                    found.append(None if rows.is_null(value) else fit(_deep(value), kind))
+                    found.append(self._fitted(value, kind, never_text=name in layout.never_text))
                 except (ValueError, OverflowError) as wrong:
                     raise InvalidValue(
                         f"row {row}, column {name!r}: {wrong}. A frame that was saved has to be read "
@@ -89,6 +93,12 @@ class Opened:
                         param="resume",
                     ) from None
             yield tuple(found)
+
+    def _fitted(self, value: Any, kind: Kind, *, never_text: bool) -> Any:
+        # In polars JSON is text; in pandas it is what a file has made of it.
+        if kind == JSON and never_text and isinstance(value, str) and self._is_pandas:
+            raise ValueError("str where the schema has no text")
+        return None if rows.is_null(value) else fit(_deep(value), kind)
 
     def _resumed(
         self, prompts: Prompts, other: Opened, kept: list[tuple[Any, ...] | None]
@@ -118,7 +128,7 @@ class Opened:
         # None is left of an earlier call, either.
         if errors or layout.error in self.columns:
             made[layout.error] = (list(table.said()), TEXT)
-        if self._frame.implementation.is_pandas():
+        if self._is_pandas:
             import narwhals.stable.v2 as nw
 
             pandas = nw.get_native_namespace(self._frame)

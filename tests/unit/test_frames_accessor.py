@@ -731,6 +731,7 @@ class TestGoingOn:
             ("tags", "['t']", "row 1, column 'tags': str where the schema has list"),
             ("age", "x", "row 1, column 'age': str where the schema has integer"),
             ("name", 3, "row 1, column 'name': int where the schema has text"),
+            ("other", "{'k': 1}", "row 1, column 'other': str where the schema has no text"),
             ("address", {"street": "S"}, "row 1, column 'address': there is no 'number'"),
         ],
     )

@@ -350,6 +350,27 @@ class TestColumns:
     def test_labels_have_columns(self) -> None:
         assert label_columns("is", ["a", "b c"]).names == ("is", "is_a", "is_b c")
 
+    @pytest.mark.parametrize(
+        ("schema", "may"),
+        [
+            ({"type": "object"}, False),
+            ({"type": ["object", "null"]}, False),
+            ({"type": ["object", "string"]}, True),
+            ({"anyOf": [{"type": "array"}, {"$ref": "#/$defs/n"}]}, False),
+            ({"oneOf": [{"type": "array"}, {"type": "string"}]}, True),
+            ({"enum": [1, "a"]}, True),
+            ({}, True),
+            ({"$ref": "#/$defs/none"}, True),
+        ],
+    )
+    def test_what_is_never_a_text(self, schema, may: bool) -> None:
+        root = {"properties": {"a": schema, "b": {}}, "$defs": {"n": {"type": "null"}}}
+        assert layout_of(root, {"a": "column"}).never_text == (
+            {"column"} - ({"column"} if may else set())
+        )
+        whole = {**schema, "$defs": root["$defs"]}
+        assert layout_of(whole, "x").never_text == (set() if may else {"x"})
+
 
 class TestValues:
     @pytest.mark.parametrize(
