@@ -203,7 +203,7 @@ TALK = {
         ),
         (Annotated[Read, AfterValidator(lambda read: read.amount)], {"betrag": 3}, 300),
         (dict[str, IPv4Address], {"a": "1.2.3.4"}, {"a": "1.2.3.4"}),
-        (Annotated[int, PlainSerializer(str)], 3, 3),
+        (Annotated[int, PlainSerializer(lambda n: f"{n} EUR")], 3, 3),
         (Talk, TALK, TALK),
     ],
 )  # fmt: skip
