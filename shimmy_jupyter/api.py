@@ -23,6 +23,7 @@ from .notebook.asking import (
     Templating,
     Vectors,
     keywords,
+    texts_of,
 )
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def embed(
     Raises `InvalidValue` naming the text that is empty, `ContextLengthExceeded` the one that is too
     long, and others as `chat`.
     """
-    inputs = texts if isinstance(texts, str) else list(texts)
+    inputs = texts_of(texts)  # a generator is the caller's, and runs in this thread
     return _run(lambda asker: asker.embed(inputs, model=model, dimensions=dimensions))
 
 
@@ -198,7 +199,7 @@ async def aembed(
     texts: str | Iterable[str], *, model: str | None = None, dimensions: int | None = None
 ) -> Vectors:
     """`embed`, to be awaited."""
-    inputs = texts if isinstance(texts, str) else list(texts)
+    inputs = texts_of(texts)  # a generator is the caller's, and runs in this thread
     return await _arun(lambda asker: asker.embed(inputs, model=model, dimensions=dimensions))
 
 
@@ -261,7 +262,7 @@ def classify(
     A label's score is the sum of its tokens' log-probabilities as the answer, less the same for an
     empty text. `prompt` is the question, in place of our own; the text follows it. Nothing is sampled.
 
-    Raises `InvalidValue` for labels that are empty or there twice, and others as `chat`.
+    Raises `InvalidValue` for labels that are empty or there twice and what is no text, and others as `chat`.
     """
     return _run(lambda asker: _classified(asker, text, labels, prompt, model))
 

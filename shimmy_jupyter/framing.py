@@ -37,7 +37,7 @@ def wiring() -> Wiring:
 
     def structure(kind: Any) -> tuple[Mapping[str, Any], Callable[[str], Any]]:
         shape = shape_of(kind)
-        return shape.schema, shape.value
+        return shape.schema, lambda text: shape.plain(shape.value(text))
 
     return Wiring(
         run=lambda work: found.portal.run(lambda: work),

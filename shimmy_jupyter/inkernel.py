@@ -17,6 +17,7 @@ from .errors import AccessDenied, InternalError, NotFound, ShimmyError
 from .guard.asked import Asked
 from .guard.visit import Visit, result_of
 from .health import Surroundings, health
+from .notebook.client import written
 from .server import answers
 from .server.handlers.queries import file_format, moment, number, of_records
 from .service import CompletionService
@@ -65,7 +66,7 @@ class InKernel:
             if wanted == method and (match := re.fullmatch(pattern, place)):
                 parts = tuple(map(unquote, match.groups()))
                 given = dict(parse_qsl(query, keep_blank_values=True))
-                return await work(self, _Call(place, parts, given, json.dumps(body or {}).encode()))
+                return await work(self, _Call(place, parts, given, written(dict(body or {}))))
         raise NotFound(f"there is no {method} {place}")
 
     async def stream(self, path: str, body: dict[str, Any], put: Callable[[bytes], None]) -> None:
@@ -75,6 +76,7 @@ class InKernel:
         if path not in _GENERATING:
             raise NotFound(f"there is no {path}")
         chat = _GENERATING[path]
+        body = json.loads(written(body))  # by HTTP the same could be asked, and no more
         visit = self._visit(path, "chat" if chat else "completions")
         try:
             parsed = await self._parsed(visit, _parser(chat=chat), body)

@@ -5,20 +5,28 @@ from __future__ import annotations
 import base64
 import json
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import GenerationFailed, InvalidValue
 from . import rows
 from .cache import Reply
-from .columns import JSON, TEXT, VECTOR, Kind, Layout, label_columns, layout_of, one_column, plain
+from .columns import (
+    VECTOR,
+    Layout,
+    holdable,
+    label_columns,
+    layout_of,
+    one_column,
+)
 from .fill import Options, Task, connected, fill
-from .rows import Failed, Kept, Outcome, Prompts, Table
+from .opened import Opened
+from .rows import Failed
 from .run import RowFailed
 
 if TYPE_CHECKING:
-    import narwhals.stable.v2 as nw
+    pass
 
 Prompt = str | Callable[[dict[Any, Any]], str | None]
 _BATCH = 64
@@ -71,8 +79,8 @@ class FrameAccessor:
         that is asked changes: call it again, and only what has no answer yet is asked. `cache=False`
         asks anew. Interrupting raises `Interrupted`; its `partial`, or `frames.last()`, is the frame so far,
         which can also be given to `resume`: rows in which nothing that the prompt takes has changed and that
-        have no error keep their values. What else they were asked with, be it other words of the prompt or
-        another model, does not count.
+        have no error keep their values, which have to be of their columns' types. What else they were asked
+        with, be it other words of the prompt or another model, does not count.
 
         `concurrency` rows are asked at once, fewer while the server's queue or a limit is full: that
         is waited for, `max_wait` seconds at most without any answer. `parameters` are fields of a chat
@@ -121,7 +129,6 @@ class FrameAccessor:
         wiring, frame = connected(), Opened(self._frame)
         options = Options(model, concurrency, cache, progress, errors, resume, max_wait)
         layout = one_column(into, VECTOR)
-        width = 0
 
         async def call(named: str, texts: list[str]) -> list[Reply]:
             vectors = await wiring.embed(named)(texts)
@@ -129,11 +136,8 @@ class FrameAccessor:
             return [Reply(text.decode()) for text in found]
 
         def read(reply: Reply) -> tuple[Any, ...]:
-            nonlocal width
             vector = array("f", base64.b64decode(reply.text))
-            width = width or len(vector)
-            if not vector or len(vector) != width:
-                raise ValueError(f"a vector of {len(vector)} numbers, where others have {width}")
+            frame.check_width(vector)
             return (vector,)
 
         prompts = rows.column(column, frame.columns)
@@ -223,143 +227,7 @@ def _values(layout: Layout, validate: Callable[[str], Any] | None, reply: Reply)
                 f"the answer was cut off after {reply.tokens} tokens: allow more by max_tokens",
             )
         )
-    found, written = plain(validate(reply.text)), plain(json.loads(reply.text))
-    # What has been read counts; names that it has otherwise are found as they were written.
+    found, written = holdable(validate(reply.text)), json.loads(reply.text)
+    # What has been read counts; what an instance does not keep is as it was written.
     both = isinstance(found, dict) and isinstance(written, dict)
     return layout.values({**written, **found} if both else found)
-
-
-class Opened:
-    """A frame of pandas or polars as it is filled. Raises `InvalidValue` for what cannot be."""
-
-    def __init__(self, native: Any, param: str = "frame") -> None:
-        import narwhals.stable.v2 as nw
-        from narwhals.exceptions import NarwhalsError
-
-        try:
-            self._frame: nw.DataFrame[Any] = nw.from_native(native, eager_only=True)
-        except (TypeError, NarwhalsError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise InvalidValue(
-                f"a frame that is there, of pandas or polars: {said}", param=param
-            ) from None
-        self._native = native
-        self.columns: tuple[Any, ...] = tuple(self._frame.columns)
-
-    def __len__(self) -> int:
-        return len(self._frame)
-
-    def cells(self, columns: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-        """Row by row, without a copy of the columns."""
-        each = [iter(self._frame.get_column(name)) for name in columns]
-        for _ in range(len(self)):
-            yield tuple(_python(next(one)) for one in each)
-
-    def outcomes(
-        self, prompts: Prompts, layout: Layout, resume: Any
-    ) -> Iterator[tuple[int, Outcome]]:
-        if resume is None:
-            found = map(prompts.render, self.cells(prompts.columns))
-            return enumerate(found)
-        return self._resumed(prompts, layout, self._matching(prompts, layout, resume))
-
-    def _matching(self, prompts: Prompts, layout: Layout, resume: Any) -> Opened:
-        other = Opened(resume, "resume")
-        if len(other) != len(self):
-            raise InvalidValue(
-                f"it has {len(other)} rows, and the frame {len(self)}", param="resume"
-            )
-        for name in (*prompts.columns, *layout.names, layout.error):
-            if name not in other.columns:
-                raise InvalidValue(f"it has no column {name!r}", param="resume")
-        if both := [name for name in layout.names if name in prompts.columns]:
-            raise InvalidValue(
-                f"the column {both[0]!r} was replaced, so what was asked cannot be told",
-                param="resume",
-            )
-        return other
-
-    def _resumed(
-        self, prompts: Prompts, layout: Layout, other: Opened
-    ) -> Iterator[tuple[int, Outcome]]:
-        own, theirs = self.cells(prompts.columns), other.cells(prompts.columns)
-        values, errors = other.cells(layout.names), other.cells([layout.error])
-        for row, (mine, its, had, (error,)) in enumerate(
-            zip(own, theirs, values, errors, strict=True)
-        ):
-            outcome: Outcome = prompts.render(mine)
-            same = (
-                isinstance(outcome, str) and rows.is_null(error) and prompts.render(its) == outcome
-            )
-            if same and isinstance(outcome, str):
-                outcome = Kept(outcome, tuple(map(_stored, had, layout.kinds)))
-            yield row, outcome
-
-    def filled(self, layout: Layout, table: Table, *, errors: bool) -> Any:
-        made = dict(zip(layout.names, zip(table.columns, layout.kinds, strict=True), strict=True))
-        # None is left of an earlier call, either.
-        if errors or layout.error in self.columns:
-            made[layout.error] = (list(table.said()), TEXT)
-        if self._frame.implementation.is_pandas():
-            import narwhals.stable.v2 as nw
-
-            pandas = nw.get_native_namespace(self._frame)
-            native = self._native.copy(deep=False)
-            for name, (values, kind) in made.items():
-                native[name] = _pandas_series(pandas, values, kind, native.index)
-            return native
-        series = [_series(name, *one, self._frame) for name, one in made.items()]
-        return self._frame.with_columns(*series).to_native()
-
-
-def _python(value: Any) -> Any:
-    """Lists of polars and arrays of NumPy as lists."""
-    for convert in ("to_list", "tolist"):
-        if hasattr(value, convert):
-            return getattr(value, convert)()
-    return value
-
-
-def _stored(value: Any, kind: Kind) -> Any:
-    if rows.is_null(value):
-        return None
-    return array("f", value) if kind == VECTOR else value
-
-
-def _pandas_series(pandas: Any, values: list[Any], kind: Kind, index: Any) -> Any:
-    dtypes = {"integer": "Int64", "boolean": "boolean", "number": "float64"}
-    if kind == VECTOR:
-        import numpy as np
-
-        values = [None if one is None else np.frombuffer(one, np.float32) for one in values]
-    # What this pandas makes of texts by itself.
-    other = pandas.Series(["a"]).dtype if kind == TEXT else object
-    return pandas.Series(values, index=index, dtype=dtypes.get(kind.name, other))
-
-
-def _series(name: str, values: list[Any], kind: Kind, frame: nw.DataFrame[Any]) -> Any:
-    import narwhals.stable.v2 as nw
-
-    if kind == JSON:
-        values = [
-            v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False)
-            for v in values
-        ]
-    if kind == VECTOR:
-        width = next((len(one) for one in values if one is not None), 0)
-        dtype: Any = nw.Array(nw.Float32, width) if width else nw.List(nw.Float32)
-        values = [None if one is None else list(one) for one in values]
-    else:
-        dtype = _dtype(kind)
-    return nw.new_series(name, values, dtype, backend=frame.implementation)
-
-
-def _dtype(kind: Kind) -> Any:
-    import narwhals.stable.v2 as nw
-
-    if kind.name == "list":
-        return nw.List(_dtype(kind.parts[0][1]))
-    if kind.name == "record":
-        return nw.Struct({name: _dtype(part) for name, part in kind.parts})
-    simple = {"integer": nw.Int64, "number": nw.Float64, "boolean": nw.Boolean}
-    return simple.get(kind.name, nw.String)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,12 @@ _DEEPEST = 16
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What a column holds: text, integer, number, boolean, list (of one kind), record (of named
-    kinds), vector (of float32), or json: whatever comes.
+    kinds), vector (of float32), or json: whatever comes. `required` are parts that a record has.
     """
 
     name: str
     parts: tuple[tuple[str, Kind], ...] = ()
+    required: frozenset[str] = frozenset()
 
 
 _NOTHING = object()
@@ -61,7 +63,9 @@ def _kind_of_type(name: str, found: Mapping[str, Any], root: Mapping[str, Any], 
     # A record has these fields and no others, or a column of records would lose them.
     if name == "object" and properties and found.get("additionalProperties", True) is False:
         parts = tuple((key, kind_of(one, root, depth + 1)) for key, one in properties.items())
-        return JSON if any(kind == JSON for _, kind in parts) else Kind("record", parts)
+        if any(kind == JSON for _, kind in parts):
+            return JSON
+        return Kind("record", parts, _required(found))
     return _SCALARS.get(name, JSON)
 
 
@@ -77,6 +81,17 @@ def _merged(kinds: list[Kind]) -> Kind:
     if len(different) == 1:
         return different.pop()
     return NUMBER if different == {NUMBER, _SCALARS["integer"]} else JSON
+
+
+def _may_be_text(schema: object, root: Mapping[str, Any], depth: int = 0) -> bool:
+    found = _followed(schema, root)
+    if found is None or depth > _DEEPEST:
+        return True
+    if "type" in found:
+        return "string" in found["type"]
+    if branches := found.get("anyOf") or found.get("oneOf"):
+        return any(_may_be_text(one, root, depth + 1) for one in branches)
+    return True
 
 
 def _is_null_only(schema: object) -> bool:
@@ -98,7 +113,7 @@ def _followed(schema: object, root: Mapping[str, Any]) -> Mapping[str, Any] | No
 
 def fit(value: Any, kind: Kind) -> Any:
     """The value as its column holds it. Raises `ValueError` or `OverflowError`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = _is_number(value)
     fitted: Any = _NOTHING
     match kind.name:
         case "text" | "boolean":
@@ -111,7 +126,10 @@ def fit(value: Any, kind: Kind) -> Any:
         case "list" if isinstance(value, list):
             fitted = [fit(one, kind.parts[0][1]) for one in value]
         case "record" if isinstance(value, dict):
+            _check_whole(value, kind.required)
             fitted = {name: fit(value.get(name), part) for name, part in kind.parts}
+        case "vector" if isinstance(value, list) and all(map(_is_number, value)):
+            fitted = array("f", value)
     if value is None or kind == JSON:
         return value
     if fitted is _NOTHING:
@@ -119,6 +137,20 @@ def fit(value: Any, kind: Kind) -> Any:
     if kind.name == "integer" and not -_WHOLE <= fitted < _WHOLE:
         raise OverflowError("a whole number does not fit into 64 bits")
     return fitted
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _required(schema: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(schema.get("required", ()))
+
+
+def _check_whole(value: Mapping[str, Any], required: frozenset[str]) -> None:
+    """A null would say that the answer has no such value."""
+    if missing := sorted(required - value.keys()):
+        raise ValueError(f"there is no {missing[0]!r}, which the schema requires")
 
 
 def _is_decimal(value: object) -> bool:
@@ -131,17 +163,25 @@ def _is_decimal(value: object) -> bool:
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Which columns an answer becomes. `fields` are its properties; empty where it is one value, and then
-    there is one column.
+    there is one column. `required` are those that an answer has. `never_text` are columns of JSON that
+    has no text at its root.
     """
 
     names: tuple[str, ...]
     kinds: tuple[Kind, ...]
     error: str
     fields: tuple[str, ...] = ()
+    required: frozenset[str] = frozenset()
+    never_text: frozenset[str] = frozenset()
 
     def values(self, answer: Any) -> tuple[Any, ...]:
         """Raises `ValueError` where the answer does not fit."""
-        found = [answer.get(name) for name in self.fields] if self.fields else [answer]
+        found = [answer]
+        if self.fields:
+            if not isinstance(answer, dict):
+                raise ValueError(f"{type(answer).__name__} where the schema has fields")
+            _check_whole(answer, self.required)
+            found = [answer.get(name) for name in self.fields]
         try:
             return tuple(fit(one, kind) for one, kind in zip(found, self.kinds, strict=True))
         except OverflowError as error:
@@ -166,7 +206,9 @@ def layout_of(
         if isinstance(into, Mapping):
             raise InvalidValue("the answer has no fields: name its one column", param="into")
         kind = TEXT if schema is None else kind_of(root, root)
-        return _checked(Layout((default if into is None else into,), (kind,), error))
+        name = default if into is None else into
+        never = frozenset() if schema is None or _may_be_text(root, root) else frozenset([name])
+        return _checked(Layout((name,), (kind,), error, never_text=never))
     if isinstance(into, Mapping):
         if unknown := [name for name in into if name not in properties]:
             there = ", ".join(properties)
@@ -177,7 +219,9 @@ def layout_of(
     else:
         columns = {name: f"{into}_{name}" if into is not None else name for name in properties}
     kinds = tuple(kind_of(properties[name], root) for name in columns)
-    return _checked(Layout(tuple(columns.values()), kinds, error, tuple(columns)))
+    required = _required(top) & columns.keys()
+    never = frozenset(columns[name] for name in columns if not _may_be_text(properties[name], root))
+    return _checked(Layout(tuple(columns.values()), kinds, error, tuple(columns), required, never))
 
 
 def one_column(into: str, kind: Kind) -> Layout:
@@ -204,19 +248,10 @@ def _checked(found: Layout) -> Layout:
     return found
 
 
-def plain(value: Any) -> Any:
-    """An instance as what JSON has: of a pydantic model, a dataclass, an enumeration, and so on. Raises
-    `ValueError` for text that no frame can hold.
-    """
-    from pydantic_core import to_jsonable_python
-
+def holdable(value: Any) -> Any:
+    """JSON, as it is. Raises `ValueError` for text that no frame can hold."""
     try:
-        found = to_jsonable_python(value, by_alias=True, fallback=_otherwise)
-        json.dumps(found, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("half of a surrogate pair is not a character") from None
-    return found
-
-
-def _otherwise(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else str(value)
+    return value

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,7 +22,7 @@ from ..errors import (
 )
 from ..notebook.display import one_line
 from .cache import Cache, CacheWarning, Key, Reply
-from .columns import Layout
+from .columns import JSON, Layout
 from .progress import Output, Progress, Quiet, Terminal, displayed
 from .rows import Failed, Outcome, Prompts, Table
 from .run import Counts, Job, RowFailed, Runner
@@ -44,8 +44,8 @@ class Wiring:
     `KeyboardInterrupt` it cancels it and waits for its end. `resolve` says which model is meant, for "chat",
     "embed" or "classify"; `identity` what answers depend on by it or an adapter, such as its SHA-256, "" where
     that is not known. `structure` makes of a
-    type a JSON schema, and what reads an answer's text as that type, or raises `ValueError` or
-    `ShimmyError`. `folder` is the cache's; None: there is none.
+    type a JSON schema, and what reads an answer's text as that type and gives it as JSON by the schema's
+    names, or raises `ValueError` or `ShimmyError`. `folder` is the cache's; None: there is none.
     """
 
     run: Callable[[Coroutine[Any, Any, None]], None]
@@ -166,10 +166,11 @@ def fill(frame: Frame, wiring: Wiring, options: Options, task: Task) -> Any:
     )
     try:
         wiring.run(work)
+        found = frame.filled(task.layout, table, errors=options.errors == "column")
     except BaseException as error:
         if isinstance(error, AccessDenied):
             heard.clear()  # whoever may not ask has no use for what the cache lacks
-        _State.last = partial = frame.filled(task.layout, table, errors=True)
+        _State.last = partial = _so_far(frame, task.layout, table)
         progress.end(_note(error))
         if isinstance(error, KeyboardInterrupt):
             cached = options.cache and wiring.folder is not None and not heard
@@ -184,7 +185,15 @@ def fill(frame: Frame, wiring: Wiring, options: Options, task: Task) -> Any:
         for said in heard:
             warnings.warn(said, CacheWarning, stacklevel=3)
     progress.end()
-    return frame.filled(task.layout, table, errors=options.errors == "column")
+    return found
+
+
+def _so_far(frame: Frame, layout: Layout, table: Table) -> Any:
+    try:
+        return frame.filled(layout, table, errors=True)
+    except Exception:  # noqa: BLE001  whatever a column cannot hold, the others were waited for
+        anything = (JSON,) * len(layout.kinds)
+        return frame.filled(replace(layout, kinds=anything), table, errors=True)
 
 
 async def _answered(

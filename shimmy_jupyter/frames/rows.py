@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InvalidValue
+from ..notebook.values import python_value
 
 PARAMETERS = frozenset(
     """adapter chat_template_kwargs frequency_penalty grammar ignore_eos logit_bias max_seconds min_p
@@ -150,7 +151,7 @@ def body(
             raise InvalidValue(f"a row is not asked with this; there are {known}", param=name)
     if system is not None and not isinstance(system, str):
         raise InvalidValue("it is a text", param="system")
-    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    found = {name: python_value(value) for name, value in given.items() if value is not None}
     if schema is not None:
         found["response_format"] = {
             "type": "json_schema",

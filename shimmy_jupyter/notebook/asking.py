@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, Unpack, ca
 from ..errors import InvalidValue, ShimmyError, UnsupportedParameter
 from .arguments import did_you_mean, near
 from .result import Completion, Stream, from_body
+from .values import python_value
 
 if TYPE_CHECKING:  # these are heavy, and numpy need not be there
     import numpy as np
@@ -168,7 +169,7 @@ class Asker:
         """A vector of length 1 for each text, in order; in as many requests as the server's limits
         need. Raises `InvalidValue` where no model is named and none is made for this, and what `held` does.
         """
-        inputs = _texts(texts)
+        inputs = texts_of(texts)
         if not inputs:
             return _matrix([], dimensions or 0)
         return await self.vectors(inputs, await self.embeds(model), dimensions)
@@ -187,7 +188,7 @@ class Asker:
 
     async def vectors(self, texts: list[str], id: str, dimensions: int | None = None) -> Vectors:
         """Of at least one text, by the model that has this id, whatever a project calls so."""
-        inputs, rows = _texts(texts), list[bytes]()
+        inputs, rows = texts_of(texts), list[bytes]()
         for some in _batches(inputs):
             rows += await self._embedded(some, id, dimensions, len(rows))
         return _matrix(rows, len(rows[0]) // 4)
@@ -308,7 +309,7 @@ class Answering:
 
 def _given(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Those that are not None, as JSON has them."""
-    body = {name: value for name, value in parameters.items() if value is not None}
+    body = {name: python_value(value) for name, value in parameters.items() if value is not None}
     if isinstance(bias := body.get("logit_bias"), Mapping):
         body["logit_bias"] = {str(token): value for token, value in bias.items()}
     if "seed" in body:
@@ -324,7 +325,11 @@ def _chat(prompt: Messages, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _completion(prompt: str | Sequence[int], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_given(parameters), "prompt": prompt if isinstance(prompt, str) else list(prompt)}
+    if isinstance(prompt, str):
+        return {**_given(parameters), "prompt": prompt}
+    if not isinstance(prompt, Iterable) or isinstance(prompt, Mapping | set | frozenset | bytes):
+        raise InvalidValue("a text, or a list of token ids", param="prompt")
+    return {**_given(parameters), "prompt": [python_value(one) for one in python_value(prompt)]}
 
 
 def _messages(prompt: Messages, system: str | None) -> list[dict[str, Any]]:
@@ -341,7 +346,16 @@ def _messages(prompt: Messages, system: str | None) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def _texts(texts: str | Iterable[str]) -> list[str]:
+def check_text(text: object) -> None:
+    """A cell without a value would be asked about by its name, as "None" or "nan". Raises `InvalidValue`."""
+    if not isinstance(text, str):
+        raise InvalidValue(f"a text, not {type(text).__name__}", param="text")
+
+
+def texts_of(texts: str | Iterable[str]) -> list[str]:
+    """Raises `InvalidValue`, naming the one that has no vector."""
+    if not isinstance(texts, Iterable):
+        raise InvalidValue(f"texts, not {type(texts).__name__}", param="texts")
     found = [texts] if isinstance(texts, str) else list(texts)
     for i, text in enumerate(found):
         if not isinstance(text, str):

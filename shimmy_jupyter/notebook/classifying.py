@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import InvalidValue
-from .asking import Asker
+from .asking import Asker, check_text
+from .values import python_value
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -73,7 +74,8 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """Raises `InvalidValue`, naming the label that is empty, no text, or there twice."""
-    if isinstance(labels, str) or len(labels) < 2:
+    labels = python_value(labels)
+    if isinstance(labels, str) or not isinstance(labels, Sequence) or len(labels) < 2:
         raise InvalidValue("a list of at least two labels, please", param="labels")
     for i, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip():
@@ -105,6 +107,7 @@ class Classifier:
 
     async def classify(self, text: str) -> Classification:
         """Raises `InvalidValue`, or what the service refuses it with."""
+        check_text(text)
         async with self._first:
             if self._neutral is None:
                 self._base = await self._asker.prepared({"model": self._model})

@@ -21,6 +21,7 @@ from ..errors import (
     ShimmyError,
     from_code,
 )
+from .values import json_value
 
 
 class Transport(Protocol):
@@ -220,7 +221,9 @@ def written(body: dict[str, Any]) -> bytes:
 
 def _dump(value: Any) -> bytes:
     # Half of a surrogate pair is no UTF-8, and infinity no JSON.
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return json.dumps(
+        value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=json_value
+    ).encode()
 
 
 def _odd(body: dict[str, Any]) -> str | None:

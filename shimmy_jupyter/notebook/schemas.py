@@ -16,23 +16,30 @@ from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 from ..errors import AnswerCutOff, AnswerInvalid, InvalidValue
-from .asking import Asker, ExtractParameters
+from .asking import Asker, ExtractParameters, check_text
 from .result import Completion
+from .written import Writer
 
 _TASK = "Extract what the text below says."
 _UNKNOWN = re.compile(r"Unable to generate pydantic-core schema for (.*?)\. Set ")
 _UNNAMED = re.compile(r"[^A-Za-z0-9_-]+")
 
 
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What answers are to be: a JSON schema to hold them to, and how a value is made of their text.
-    `parse` raises pydantic's `ValidationError`, or `ValueError`.
+    `parse` raises pydantic's `ValidationError`, or `ValueError`. `plain` gives such a value as JSON again, by
+    the schema's names.
     """
 
     name: str
     schema: Mapping[str, Any]
     parse: Callable[[str], Any]
+    plain: Callable[[Any], Any] = _as_it_is
 
     @property
     def response_format(self) -> dict[str, Any]:
@@ -74,6 +81,7 @@ def shape_of(kind: Any) -> Shape:
     written with repetitions, which disappear. Raises `InvalidValue`, naming `kind`.
     """
     if isinstance(kind, Mapping):
+        _check_json(kind)
         title = kind.get("title")
         return Shape(_named(title if isinstance(title, str) else ""), kind, json.loads)
     from pydantic import PydanticUserError, TypeAdapter
@@ -85,7 +93,14 @@ def shape_of(kind: Any) -> Shape:
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
         raise InvalidValue(_no_schema(error), param="kind") from error
     name = getattr(kind, "__name__", "") if isinstance(kind, type) else ""
-    return Shape(_named(name), schema, adapter.validate_json)
+    return Shape(_named(name), schema, adapter.validate_json, Writer(adapter.core_schema))
+
+
+def _check_json(schema: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidValue(f"this is no JSON schema: {error}", param="kind") from None
 
 
 def _no_schema(error: Exception) -> str:
@@ -111,8 +126,10 @@ async def ask(
 
     The model is told the schema, too: what holds an answer to it only keeps the model from saying
     anything else. The text comes last, so that requests which differ in it share the rest. Raises
-    what the service refuses the schema with, before anything is decoded.
+    what the service refuses the schema with, before anything is decoded, and `InvalidValue` for what is
+    no text.
     """
+    check_text(text)
     if parameters.get("temperature") is None:
         parameters["temperature"] = 0
     asked = (

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from jupyter_server.auth import IdentityProvider
 
@@ -22,11 +23,11 @@ from shimmy_jupyter import local
 from shimmy_jupyter.config import Settings
 from shimmy_jupyter.engine.backend import LoadSpec
 from shimmy_jupyter.engine.fake import FakeBackend
-from shimmy_jupyter.errors import Cancelled, NotFound, ShimmyError
+from shimmy_jupyter.errors import Cancelled, InvalidValue, NotFound, ShimmyError
 from shimmy_jupyter.inkernel import ROUTES
 from shimmy_jupyter.local import LocalTransport
 from shimmy_jupyter.models.sources import Found
-from shimmy_jupyter.notebook.client import events
+from shimmy_jupyter.notebook.client import events, written
 from shimmy_jupyter.server.openapi import OPERATIONS
 from shimmy_jupyter.types import ModelFacts
 
@@ -142,6 +143,30 @@ async def test_the_same_refusals(transport: LocalTransport, ask: Ask, guard: Any
             await transport.request(method, path, body)
         here = caught.value
         assert (here.status, here.code, here.param) == over_http.error, path
+
+
+@pytest.mark.parametrize("odd", [{"x"}, float("nan"), object(), "\ud800"])
+async def test_what_no_request_can_be_is_refused_as_by_http(
+    transport: LocalTransport, odd: Any
+) -> None:
+    body = {**ASKED, "stop": odd}
+    with pytest.raises(InvalidValue) as caught:
+        written(body)
+    refused = (caught.value.param, caught.value.message)
+    assert refused[0] == "stop"
+    with pytest.raises(InvalidValue) as caught:
+        await transport.request("POST", CHAT, body)
+    assert (caught.value.param, caught.value.message) == refused
+    with pytest.raises(InvalidValue) as caught:
+        async with transport.astream(CHAT, body) as pieces:
+            [piece async for piece in pieces]
+    assert (caught.value.param, caught.value.message) == refused
+
+
+async def test_numpy_within_a_request(transport: LocalTransport) -> None:
+    bias = {"97": np.float32(0)}
+    answer = await transport.request("POST", CHAT, {**ASKED, "logit_bias": bias})
+    assert answer["choices"]
 
 
 def test_synchronously(transport: LocalTransport) -> None:

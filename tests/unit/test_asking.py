@@ -22,6 +22,7 @@ from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any, get_type_hints
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -175,6 +176,16 @@ class TestParameters:
         await ask.chat("q", logit_bias={7: -100, 8: 0})
         assert sent.body["logit_bias"] == {"7": -100, "8": 0}
 
+    async def test_numbers_and_arrays_of_numpy(self) -> None:
+        ask, sent = asker()
+        await ask.chat(
+            "q", seed=np.int64(3), temperature=np.float32(0.5), stop=np.array(["a"]),
+            ignore_eos=np.True_,
+        )  # fmt: skip
+        wanted = {"seed": 3, "temperature": 0.5, "stop": ["a"], "ignore_eos": True}
+        assert {name: sent.body[name] for name in wanted} == wanted
+        assert type(sent.body["seed"]) is int
+
 
 class TestPrompts:
     async def test_chats_and_system_messages(self) -> None:
@@ -191,8 +202,17 @@ class TestPrompts:
 
     async def test_token_ids(self) -> None:
         ask, sent = asker()
-        await ask.complete((1, 2, 3))
-        assert sent.body["prompt"] == [1, 2, 3]
+        array = np.array([1, 2, 3])
+        for ids in ((1, 2, 3), array, list(array), iter(array), pl.Series([1, 2, 3])):
+            await ask.complete(ids)
+            assert sent.body["prompt"] == [1, 2, 3]
+
+    @pytest.mark.parametrize("prompt", [3, None, {"a": 1}, {1, 2}, b"x"])
+    async def test_what_nothing_goes_on_with(self, prompt: Any) -> None:
+        ask, sent = asker()
+        with pytest.raises(InvalidValue) as caught:
+            await ask.complete(prompt)
+        assert (caught.value.param, sent.asked) == ("prompt", [])
 
     @pytest.mark.parametrize("prompt", [3, None, {"role": "user"}, ["a"], b"x"])
     async def test_what_is_no_prompt(self, prompt: Any) -> None:
@@ -411,7 +431,10 @@ class TestVectors:
             await ask.embed(["1"], model="m", dimensions=99)
         assert caught.value.param == "dimensions"
 
-    @pytest.mark.parametrize(("texts", "param"), [(["a", ""], "texts.1"), ([3], "texts.0")])
+    @pytest.mark.parametrize(
+        ("texts", "param"),
+        [(["a", ""], "texts.1"), ([3], "texts.0"), (5, "texts"), (None, "texts")],
+    )
     async def test_what_has_no_vector(self, texts: Any, param: str) -> None:
         ask, sent = asker()
         with pytest.raises(InvalidValue) as caught:

@@ -13,6 +13,8 @@ import asyncio
 import math
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -86,12 +88,18 @@ class TestArithmetic:
     [
         ([], "labels"), (["a"], "labels"), ("ab", "labels"), (["a", ""], "labels.1"),
         (["a", " "], "labels.1"), (["a", "b", "a"], "labels.2"), (["a", 3], "labels.1"),
+        (5, "labels"), ({"a", "b"}, "labels"), (pd.Series(["a", "a"], index=[5, 6]), "labels.1"),
     ],
 )  # fmt: skip
 def test_labels_that_are_refused(labels: Any, param: str) -> None:
     with pytest.raises(InvalidValue) as caught:
         checked_labels(labels)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, pd.Series])
+def test_labels_in_whatever_is_in_order(kind: Any) -> None:
+    assert checked_labels(kind(["a", "b"])) == ("a", "b")
 
 
 class Model:
@@ -244,6 +252,13 @@ class TestAsking:
         with pytest.raises(AccessDenied):
             await asyncio.wait_for(classifier(model, "a", "b", "c").classify("t"), 5)
         assert model.cancelled == 2
+
+    @pytest.mark.parametrize("text", [None, math.nan, 5, ["a"]])
+    async def test_what_is_no_text(self, text: Any) -> None:
+        model = Model()
+        with pytest.raises(InvalidValue, match=f"not {type(text).__name__}") as caught:
+            await classifier(model, "a", "b").classify(text)
+        assert (caught.value.param, model.asked) == ("text", [])
 
     async def test_after_a_failure_the_empty_text_is_asked_about_again(self) -> None:
         model = Model(refuse="b")

@@ -15,13 +15,13 @@ from dataclasses import replace
 from decimal import Decimal
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-from pydantic import BaseModel, field_validator
+from pydantic import AfterValidator, BaseModel, Field, field_serializer, field_validator
 
 from shimmy_jupyter import frames
 from shimmy_jupyter.errors import (
@@ -34,7 +34,7 @@ from shimmy_jupyter.errors import (
     RateLimitExceeded,
     RequestError,
 )
-from shimmy_jupyter.frames import fill, progress
+from shimmy_jupyter.frames import fill, opened, progress
 from shimmy_jupyter.frames.accessor import FrameAccessor
 from shimmy_jupyter.frames.cache import NAME, CacheWarning
 from shimmy_jupyter.frames.fill import Interrupted, Wiring
@@ -122,7 +122,8 @@ class Service:
     def structure(self, kind):
         if isinstance(kind, dict):
             return kind, json.loads
-        return kind.model_json_schema(), kind.model_validate_json
+        shape = shape_of(kind)
+        return shape.schema, lambda text: shape.plain(shape.parse(text))
 
 
 @pytest.fixture
@@ -242,6 +243,13 @@ class TestMap:
         assert caught.value.param == param
         assert service.bodies == []
 
+    def test_numbers_of_numpy_are_asked_with_as_those_of_python(self, service, make) -> None:
+        frame = make({"a": ["x"]})
+        mapped(frame, "{a}", seed=np.int64(3), stop=np.array(["."]))
+        mapped(frame, "{a}", seed=3, stop=["."])
+        (body,) = service.bodies
+        assert (body["seed"], body["stop"], type(body["seed"])) == (3, ["."], int)
+
     def test_what_is_no_answer_is_an_error(self, service, make) -> None:
         async def ask(body):
             return {"choices": []}
@@ -335,6 +343,25 @@ class Priced(BaseModel):
     price: Decimal
 
 
+class Booked(BaseModel):
+    amount: int = Field(validation_alias="betrag")
+    tax: int = Field(serialization_alias="amount", exclude=True)
+
+    @field_validator("amount")
+    @classmethod
+    def _cents(cls, amount: int) -> int:
+        return amount * 100
+
+    @field_serializer("amount")
+    def _euros(self, amount: int) -> str:
+        return f"{amount} EUR"
+
+
+class Account(BaseModel):
+    booked: Booked
+    all: list[Booked]
+
+
 class TestSchemas:
     def said(self, service) -> None:
         answers = {
@@ -390,11 +417,59 @@ class TestSchemas:
         mapped(make({"k": ["a", "b"]}), "Who? {k}", schema=Person)
         formats = [body["response_format"] for body in service.bodies]
         assert formats[0] == formats[1]
-        assert formats[0]["json_schema"]["schema"] == Person.model_json_schema()
+        assert formats[0]["json_schema"]["schema"] == shape_of(Person).schema
         one, two = service.asked
         assert one.removesuffix("a") == two.removesuffix("b")
         assert one.startswith("Answer with JSON that fits this schema:\n{")
         assert "\n\nWho? " in one
+
+    def test_values_have_the_names_and_types_of_the_schema(self, service, make) -> None:
+        service.say = lambda text: '{"betrag": 3, "tax": 1}'
+        found = mapped(make({"k": ["a"]}), "{k}", schema=Booked)
+        assert list(found.columns) == ["k", "betrag", "tax", "answer_error"]
+        assert [column(found, name)[0] for name in found.columns] == ["a", 300, 1, None]
+
+    def test_so_they_have_within_others(self, service, make) -> None:
+        booked = {"betrag": 3, "tax": 1}
+        service.say = lambda text: json.dumps({"booked": booked, "all": [booked] * 2})
+        found = mapped(make({"k": ["a"]}), "{k}", schema=Account)
+        assert column(found, "answer_error") == [None]
+        assert column(found, "booked") == [{"betrag": 300, "tax": 1}]
+        assert list(found["all"][0]) == [{"betrag": 300, "tax": 1}] * 2
+
+    @pytest.mark.parametrize("said", ['{"a": 1}', '{"a": 1, "in": {}}'])
+    def test_what_a_schema_requires_is_no_null(self, service, make, said: str) -> None:
+        inner = {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}
+        schema = {
+            "type": "object",
+            "properties": {
+                "a": {"type": "integer"},
+                "in": {**inner, "additionalProperties": False},
+            },
+            "required": ["a", "in"],
+        }
+        service.say = lambda text: said
+        found = mapped(make({"k": ["x"]}), "{k}", schema=schema)
+        assert column(found, "a") == [None]
+        missing = "b" if "in" in json.loads(said) else "in"
+        assert column(found, "answer_error") == [
+            f"generation_failed: there is no {missing!r}, which the schema requires"
+        ]
+
+    def test_what_is_not_required_is(self, service, make) -> None:
+        part = {"type": "object", "properties": {"b": {"type": "integer"}}}
+        schema = {**part, "properties": {"a": {"type": "integer"}, "in": part}}
+        service.say = lambda text: '{"in": {}}'
+        found = mapped(make({"k": ["x"]}), "{k}", schema=schema, into={"a": "n"})
+        assert (column(found, "n"), column(found, "answer_error")) == ([None], [None])
+
+    def test_a_type_that_ends_as_another_is_its_rows_own(self, service, make) -> None:
+        service.say = lambda text: '{"betrag": 3, "tax": 1}'
+        kind = Annotated[Booked, AfterValidator(lambda booked: booked.amount)]
+        found = mapped(make({"k": ["x"]}), "{k}", schema=kind)
+        assert column(found, "answer_error") == [
+            "generation_failed: int where the schema has fields"
+        ]
 
     def test_wanted_fields_alone(self, service, make) -> None:
         self.said(service)
@@ -413,8 +488,6 @@ class TestSchemas:
         ) == [1, 2]
 
     def test_decimal_numbers_are_numbers(self, service, make) -> None:
-        service.structure = lambda kind: (shape_of(kind).schema, shape_of(kind).parse)
-        service.wiring = replace(service.wiring, structure=service.structure)
         service.say = lambda text: '{"price": 1.5}'
         found = mapped(make({"k": ["a"]}), "{k}", schema=Priced)
         assert (column(found, "price"), column(found, "answer_error")) == ([1.5], [None])
@@ -425,7 +498,7 @@ class TestSchemas:
     def test_what_a_type_refuses_is_said_with_its_field(self, service, make) -> None:
         def structure(kind):
             shape = shape_of(kind)
-            return shape.schema, shape.value
+            return shape.schema, lambda text: shape.plain(shape.value(text))
 
         service.wiring = replace(service.wiring, structure=structure)
         service.say = lambda text: person("nobody")
@@ -651,6 +724,89 @@ class TestGoingOn:
         done = mapped(frame, "{a}", into="a")
         with pytest.raises(InvalidValue, match="was replaced"):
             mapped(frame, "{a}", into="a", resume=done)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "said"),
+        [
+            ("tags", "['t']", "row 1, column 'tags': str where the schema has list"),
+            ("age", "x", "row 1, column 'age': str where the schema has integer"),
+            ("name", 3, "row 1, column 'name': int where the schema has text"),
+            ("other", "{'k': 1}", "row 1, column 'other': str where the schema has no text"),
+            ("address", {"street": "S"}, "row 1, column 'address': there is no 'number'"),
+        ],
+    )
+    def test_values_that_do_not_fit_are_refused_before_anything_is_asked(
+        self, service, name: str, value, said: str
+    ) -> None:
+        service.say = lambda text: person(text[-1])
+        frame = pd.DataFrame({"a": ["x", "y", "z"]})
+        done = mapped(frame, "{a}", schema=Person)
+        done[name] = [done[name][0], value, done[name][2]]
+        done["answer_error"] = ["asked again", None, None]
+        service.bodies.clear()
+        with pytest.raises(InvalidValue, match=said) as caught:
+            mapped(frame, "{a}", schema=Person, resume=done, cache=False)
+        assert caught.value.param == "resume"
+        assert service.bodies == []
+
+    def test_those_of_a_row_that_is_asked_again_need_not_fit(self, service, make) -> None:
+        schema = {"type": "integer"}
+        service.say = lambda text: "3"
+        done = make({"a": ["x"], "answer": ["text"], "answer_error": ["no"]})
+        found = mapped(make({"a": ["x"]}), "{a}", schema=schema, resume=done)
+        assert column(found, "answer") == [3]
+
+    def test_a_file_without_types_is_refused(self, service, make) -> None:
+        frame = make({"a": ["x", "yy"]})
+        vectors = make(
+            {"a": ["x", "yy"], "embedding": ["[1, 0.5]"] * 2, "embedding_error": [None] * 2}
+        )
+        with pytest.raises(InvalidValue, match="row 0, column 'embedding': str where") as caught:
+            frame.shimmy.embed("a", progress=False, resume=vectors, cache=False)
+        assert (caught.value.param, service.embedded) == ("resume", [])
+
+    def test_vectors_of_another_width_are_refused(self, service, make) -> None:
+        done = make(
+            {"a": ["x", "y"], "embedding": [[1.0, 2.0, 3.0]] * 2, "embedding_error": [None, "no"]}
+        )
+        frame = make({"a": ["x", "y"]})
+        found = frame.shimmy.embed("a", progress=False, resume=done, cache=False)
+        assert column(found, "embedding_error") == [
+            None, "generation_failed: a vector of 2 numbers, where others have 3",
+        ]  # fmt: skip
+        widths = make(
+            {"a": ["x", "y"], "embedding": [[1.0], [1.0, 2.0]], "embedding_error": [None] * 2}
+        )
+        with pytest.raises(InvalidValue, match="row 1: a vector of 2 numbers, where others have 1"):
+            frame.shimmy.embed("a", progress=False, resume=widths, cache=False)
+
+    def test_a_file_with_types_is_gone_on_with(self, service) -> None:
+        service.say = lambda text: person(text[-1])
+        frame = pd.DataFrame({"a": ["x", "y"]})
+        done = mapped(frame, "{a}", schema=Person)
+        # As Arrow gives lists back.
+        done["tags"] = [np.array(tags, dtype=object) for tags in done["tags"]]
+        again = mapped(frame, "{a}", schema=Person, resume=done, cache=False)
+        assert len(service.bodies) == 2
+        assert again["tags"].tolist() == [["t"], ["t"]]
+
+    def test_answers_are_kept_where_a_column_cannot_hold_them(
+        self, service, make, monkeypatch
+    ) -> None:
+        name = "_pandas_series" if make is pd.DataFrame else "_series"
+        made = getattr(opened, name)
+
+        def strict(*given):
+            if any(getattr(one, "name", "") == "integer" for one in given):
+                raise TypeError("no such column")
+            return made(*given)
+
+        monkeypatch.setattr(opened, name, strict)
+        service.say = lambda text: "3"
+        with pytest.raises(TypeError, match="no such column") as caught:
+            mapped(make({"a": ["x"]}), "{a}", schema={"type": "integer"})
+        assert frames.last() is caught.value.partial
+        assert str(frames.last()["answer"][0]) == "3"
 
     def test_what_is_no_frame_is_refused(self, service, make) -> None:
         with pytest.raises(InvalidValue) as caught:

@@ -93,7 +93,7 @@ def test_what_a_type_refuses_names_the_field(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("shimmy_jupyter.api.session", lambda: session)
     schema, read = framing.wiring().structure(Person)
     assert schema["required"] == ["age"]
-    assert read('{"age": 3}') == Person(age=3)
+    assert read('{"age": 3}') == {"age": 3}
     with pytest.raises(AnswerInvalid, match="not a valid Person") as caught:
         read('{"age": "old"}')
     assert caught.value.param == "age"

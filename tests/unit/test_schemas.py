@@ -172,7 +172,16 @@ class TestSchemas:
 
     @pytest.mark.parametrize(
         "kind",
-        [3, pytest, "Unheard", asker, functools.partial(print), Fakes, Person(name="A", age=1)],
+        [
+            3,
+            pytest,
+            "Unheard",
+            asker,
+            functools.partial(print),
+            Fakes,
+            Person(name="A", age=1),
+            {"enum": {1}},
+        ],
     )
     def test_what_has_none(self, kind: Any) -> None:
         with pytest.raises(InvalidValue) as caught:
@@ -199,6 +208,13 @@ class TestAsking:
         assert message["content"].endswith("\n\none, nil")
         assert body["response_format"] == shape_of(Point).response_format
         assert body["temperature"] == 0
+
+    @pytest.mark.parametrize("text", [None, float("nan"), 5, ["a"], b"a"])
+    async def test_what_is_no_text(self, text: Any) -> None:
+        ask, sent = asker(answers=[answer('{"x":1}')])
+        with pytest.raises(InvalidValue, match=f"not {type(text).__name__}") as caught:
+            await schemas.extract(ask, Point, text)
+        assert (caught.value.param, sent.asked) == ("text", [])
 
     async def test_as_the_caller_wants_it(self) -> None:
         ask, sent = asker(answers=[answer('{"x":1}')])
