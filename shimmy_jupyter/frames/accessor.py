@@ -7,26 +7,16 @@ import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..errors import GenerationFailed, InvalidValue
 from . import rows
 from .cache import Reply
-from .columns import (
-    VECTOR,
-    Layout,
-    holdable,
-    label_columns,
-    layout_of,
-    one_column,
-)
+from .columns import VECTOR, Layout, holdable, label_columns, layout_of, one_column
 from .fill import Options, Task, connected, fill
 from .opened import Opened
 from .rows import Failed
 from .run import RowFailed
-
-if TYPE_CHECKING:
-    pass
 
 Prompt = str | Callable[[dict[Any, Any]], str | None]
 _BATCH = 64
