@@ -33,7 +33,7 @@ FIELDS: dict[str, str] = {
     "cell": "Id of the cell, as the client says; not to be trusted.",
     "model": "Id of the model that was asked for.",
     "model_sha256": "SHA-256 of the model's first file, in hex.",
-    "prompt_tokens": "Tokens of the prompt.",
+    "prompt_tokens": "Tokens of the prompt; of one that was given up, those that steps have had.",
     "cached_tokens": "Tokens of the prompt that did not have to be computed again.",
     "tokens_generated": "Tokens of the answer.",
     "duration_ms": "Milliseconds from the request's arrival to its end.",
