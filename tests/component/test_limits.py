@@ -353,7 +353,7 @@ class TestSettled:
         fakes.make = lambda: FakeBackend(gate=gate)
         for count, stream in ((1, True), (2, False)):
             connection = await dial(CHAT, chat(stream=stream))
-            await until(lambda: fakes.models and fakes.models[0].active)
+            await until(lambda: fakes.models and fakes.models[0].engine._stepping)
             connection.close()
             await until(lambda: len(gone) == count)  # noqa: B023
             gate.release()
@@ -456,7 +456,7 @@ class TestSettled:
         fakes.make = lambda: FakeBackend(gate=gate)
         guard.rules = Rules(limits=[LimitTable(COUNTED.merged(Limits(concurrent=1, queued=9)))])
         first = await dial(CHAT, chat(stream=True), who="ann")
-        await until(lambda: fakes.models and fakes.models[0].active)
+        await until(lambda: fakes.models and fakes.models[0].engine._stepping)
         second = await dial(CHAT, chat(stream=True), who="ann")
         await second.read_until(b"your turn")
 
