@@ -472,7 +472,10 @@ class TestSettled:
         assert [end["outcome"] for end in ends] == ["denied", "denied"]
         gate.release(10)
         spent = [end.get("prompt_tokens", 0) + end.get("tokens_generated", 0) for end in ends]
-        assert sum(spent) in (PROMPT, PROMPT + 1)  # the step in progress is not taken back
+        # The step in progress is not taken back; and the second may have had one, once the first was gone.
+        begun = PROMPT, PROMPT + 1
+        assert max(spent) in begun
+        assert min(spent) in (0, *begun)
         await self.check(guard, sum(spent), 2)
 
     async def test_the_queue_is_full(self, guard: Guard, ask: Ask, dial: Any, fakes: Fakes) -> None:
