@@ -17,9 +17,8 @@ THINK = Markers("<think>", "</think>")
 
 MARKERS: tuple[tuple[str, Markers], ...] = (
     ("<|channel|>analysis<|message|>", Markers(
-        "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final",
-        ("<|channel|>final<|message|>", "<|channel|>final <|constrain|>json<|message|>",
-         "<|message|>", "<|constrain|>json<|message|>"))),  # gpt-oss
+        "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>",
+        ("<|channel|>final<|message|>",))),  # gpt-oss
     ("<|start|>assistant to=self<|message|>", Markers(
         "to=self<|message|>", "<|eom|><|start|>assistant to=user<|message|>",
         ("to=user<|message|>",))),  # Muse

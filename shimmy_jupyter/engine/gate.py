@@ -84,9 +84,7 @@ class Gate:
 
     def _walk(self, token: int) -> None:
         """One token further in a marker, or white space after the reasoning."""
-        ended, self._just_ended = self._just_ended, False
-        if ended and token in self._blank and self._branches:
-            return  # what opens the answer may still come
+        self._just_ended = False
         self._branches = [branch for branch in self._branches if branch[self._taken] == token]
         self._taken += 1
         if not self._branches or any(len(branch) == self._taken for branch in self._branches):

@@ -47,14 +47,6 @@ def test_white_space_after_it_once() -> None:
     assert it.open
 
 
-def test_white_space_before_what_opens_the_answer() -> None:
-    it = gate(OPENED, inside=True)
-    say(it, "</t>\n")
-    assert it.choice() == Choice(extra=frozenset([ord("<")]))
-    say(it, "<a>")
-    assert it.open
-
-
 def test_the_model_opens_it() -> None:
     it = gate()
     assert it.choice() == Choice(extra=frozenset([ord("<")]))

@@ -124,11 +124,6 @@ def test_channels() -> None:
     head, tail = "<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>final<|message|>"
     assert split([f"{head}why<|end|>{tail}Hello"], HARMONY) == ("why", "Hello", True)
     assert split(["<|channel|>final<|message|>Hello"], HARMONY) == ("", "Hello", True)
-    # Asked for JSON it may say so in the channel's header.
-    kind = "<|start|>assistant<|channel|>final <|constrain|>json<|message|>"
-    for pieces in ([f"{head}why<|end|>{kind}{{}}"], list(f"{head}why<|end|>{kind}{{}}")):
-        assert split(pieces, HARMONY) == ("why", "{}", True)
-    assert split(["<|channel|>final <|constrain|>json<|message|>{}"], HARMONY) == ("", "{}", True)
 
 
 def test_it_is_shown_as_soon_as_it_is_clear() -> None:
