@@ -1,5 +1,8 @@
 """Bounds of numbers that llguidance does not keep to: a whole number that is excluded passes where the other
 bound is less than 1 from it.
+
+Put a billionth beyond it, a bound also refuses some that are valid: what is nearer, and below 10, for one,
+9.9 and 9.99, which have fewer digits than the bound 9.999999999.
 """
 
 from __future__ import annotations
